@@ -1,0 +1,192 @@
+"""Project 3D Gaussians to screen parameters and footprints (EWA splatting)."""
+
+import torch
+from torch import Tensor
+
+from prismfield.render.checks import check_shapes
+from prismfield.render.kernels import kernels, use_kernel
+from prismfield.render.ops.constants import ALPHA_MIN, BLUR, NEAR, VIEW_MARGIN
+
+Projection = tuple[Tensor, Tensor, Tensor]
+
+
+def project(
+    means: Tensor,
+    quats: Tensor,
+    scales: Tensor,
+    opacities: Tensor,
+    viewmats: Tensor,
+    Ks: Tensor,
+    size: tuple[int, int],
+    *,
+    antialiased: bool = False,
+) -> Projection:
+    """Screen-space Gaussians seen by each camera.
+
+    EWA splatting (Zwicker et al. 2001, eq. 31) as in 3D Gaussian Splatting (arXiv:2308.04079), eq. 5, with the footprint cut
+    where alpha falls below 1/255 instead of at three sigma. Differentiable once in the kernel, twice in the reference, to
+    `means`, `quats`, `scales`, `opacities` and `viewmats`; not to `Ks`.
+
+    Args:
+        means: [N, 3] world units.
+        quats: [N, 4] wxyz, normalised here.
+        scales: [N, 3] standard deviations, world units.
+        opacities: [N] in [0, 1].
+        viewmats: [C, 4, 4] world to camera.
+        Ks: [C, 3, 3] pixels; skew is ignored.
+        size: (width, height) in pixels.
+        antialiased: scale opacity by sqrt(det / det_blurred), so that the blur adds no mass (Mip-Splatting,
+            arXiv:2311.16493, eq. 9, with BLUR as the filter).
+
+    Returns:
+        `params` [C, N, 6] = (x, y, a, b, c, log_opacity) for the "gaussian" primitive, `depths` [C, N] camera z, and `radii`
+        [C, N, 2], half-width and half-height in pixels of the box outside which alpha < 1/255. A Gaussian that is behind the
+        camera, outside the image, too faint or not finite has zeros everywhere and receives no gradient.
+    """
+    check_shapes(
+        means=(means, "N 3"),
+        quats=(quats, "N 4"),
+        scales=(scales, "N 3"),
+        opacities=(opacities, "N"),
+        viewmats=(viewmats, "C 4 4"),
+        Ks=(Ks, "C 3 3"),
+    )
+    if use_kernel(means):
+        return _project(means, quats, scales, opacities, viewmats, Ks, size[0], size[1], antialiased)
+    return project_reference(means, quats, scales, opacities, viewmats, Ks, size[0], size[1], antialiased)
+
+
+def rotation_matrices(quats: Tensor) -> Tensor:
+    """[..., 3, 3] rotations of `quats` [..., 4] (wxyz, any length but zero)."""
+    w, x, y, z = torch.nn.functional.normalize(quats, dim=-1).unbind(-1)
+    rows = [
+        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
+        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
+        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
+    ]
+    return torch.stack([torch.stack(row, -1) for row in rows], -2)
+
+
+def project_reference(
+    means: Tensor,
+    quats: Tensor,
+    scales: Tensor,
+    opacities: Tensor,
+    viewmats: Tensor,
+    Ks: Tensor,
+    width: int,
+    height: int,
+    antialiased: bool,
+) -> Projection:
+    """`project` in plain PyTorch: the specification."""
+    rotations, translations = viewmats[:, :3, :3], viewmats[:, :3, 3]
+    x, y, z = (torch.einsum("cij,nj->cni", rotations, means) + translations[:, None]).unbind(-1)
+    fx, fy, cx, cy = (Ks[:, i, j, None] for i, j in ((0, 0), (1, 1), (0, 2), (1, 2)))
+    in_front = z > NEAR
+    safe_z = torch.where(in_front, z, torch.ones_like(z))
+
+    # The Jacobian of the projection, taken at the nearest direction inside the widened image.
+    margin_x, margin_y = VIEW_MARGIN * width / fx, VIEW_MARGIN * height / fy
+    tan_x = (x / safe_z).clamp(min=-cx / fx - margin_x, max=(width - cx) / fx + margin_x)
+    tan_y = (y / safe_z).clamp(min=-cy / fy - margin_y, max=(height - cy) / fy + margin_y)
+    zero = torch.zeros_like(z)
+    row_x = torch.stack([(fx / safe_z), zero, -fx * tan_x / safe_z], -1)
+    row_y = torch.stack([zero, (fy / safe_z), -fy * tan_y / safe_z], -1)
+    jacobians = torch.stack([row_x, row_y], -2)
+
+    axes = rotation_matrices(quats) * scales[:, None, :]  # columns are the principal axes
+    projected = jacobians @ torch.einsum("cij,njk->cnik", rotations, axes)
+    covars = projected @ projected.mT
+    sharp_det = covars[..., 0, 0] * covars[..., 1, 1] - covars[..., 0, 1] ** 2
+    var_x, covar, var_y = covars[..., 0, 0] + BLUR, covars[..., 0, 1], covars[..., 1, 1] + BLUR
+    det = var_x * var_y - covar * covar
+
+    mass = opacities.expand_as(z)
+    if antialiased:
+        mass = mass * (sharp_det / det).clamp(min=1e-12).sqrt()
+    safe_mass = torch.where(mass > ALPHA_MIN, mass, torch.ones_like(mass))
+    mean_x, mean_y = fx * x / safe_z + cx, fy * y / safe_z + cy
+    params = torch.stack([mean_x, mean_y, var_y / det, -covar / det, var_x / det, safe_mass.log()], -1)
+
+    with torch.no_grad():
+        level = 2.0 * (safe_mass.log() - torch.log(torch.tensor(ALPHA_MIN, dtype=z.dtype, device=z.device)))
+        radius_x, radius_y = (level * var_x).sqrt(), (level * var_y).sqrt()
+        drawn = in_front & (mass > ALPHA_MIN) & (det > 0) & torch.isfinite(params).all(-1)
+        drawn &= (mean_x + radius_x > 0) & (mean_x - radius_x < width)
+        drawn &= (mean_y + radius_y > 0) & (mean_y - radius_y < height)
+        radii = torch.where(drawn[..., None], torch.stack([radius_x, radius_y], -1), 0.0)
+    params = torch.where(drawn[..., None], params, torch.zeros_like(params))
+    return params, torch.where(drawn, z, zero), radii
+
+
+@torch.library.custom_op("prismfield::project", mutates_args=())
+def _project(
+    means: Tensor,
+    quats: Tensor,
+    scales: Tensor,
+    opacities: Tensor,
+    viewmats: Tensor,
+    Ks: Tensor,
+    width: int,
+    height: int,
+    antialiased: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return project_reference(means, quats, scales, opacities, viewmats, Ks, width, height, antialiased)
+
+
+@_project.register_fake
+def _(means, quats, scales, opacities, viewmats, Ks, width, height, antialiased):
+    shape = (viewmats.shape[0], means.shape[0])
+    return means.new_empty(*shape, 6), means.new_empty(shape), means.new_empty(*shape, 2)
+
+
+@_project.register_kernel("cpu")
+def _(means, quats, scales, opacities, viewmats, Ks, width, height, antialiased):
+    shape = (viewmats.shape[0], means.shape[0])
+    params, depths, radii = means.new_empty(*shape, 6), means.new_empty(shape), means.new_empty(*shape, 2)
+    inputs = [t.contiguous() for t in (means, quats, scales, opacities, viewmats, Ks)]
+    kernels.project_forward(*inputs, width, height, antialiased, params, depths, radii)
+    return params, depths, radii
+
+
+@torch.library.custom_op("prismfield::project_backward", mutates_args=(), device_types="cpu")
+def _project_backward(
+    means: Tensor,
+    quats: Tensor,
+    scales: Tensor,
+    opacities: Tensor,
+    viewmats: Tensor,
+    Ks: Tensor,
+    width: int,
+    height: int,
+    antialiased: bool,
+    radii: Tensor,
+    v_params: Tensor,
+    v_depths: Tensor,
+    camera_gradient: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    inputs = [t.contiguous() for t in (means, quats, scales, opacities, viewmats, Ks)]
+    grads = [torch.empty_like(t) for t in inputs[:4]] + [torch.zeros_like(viewmats)]
+    upstream = (radii, v_params.contiguous(), v_depths.contiguous())
+    kernels.project_backward(*inputs, width, height, antialiased, *upstream, camera_gradient, *grads)
+    return grads[0], grads[1], grads[2], grads[3], grads[4]
+
+
+@_project_backward.register_fake
+def _(means, quats, scales, opacities, viewmats, *_):
+    return tuple(torch.empty_like(t) for t in (means, quats, scales, opacities, viewmats))
+
+
+def _save(ctx, inputs, output):
+    ctx.save_for_backward(*inputs[:6], output[2])
+    ctx.options = inputs[6:]
+    ctx.mark_non_differentiable(output[2])
+
+
+def _backward(ctx, v_params, v_depths, _v_radii):
+    *inputs, radii = ctx.saved_tensors
+    grads = _project_backward(*inputs, *ctx.options, radii, v_params, v_depths, ctx.needs_input_grad[4])
+    return *grads[:4], grads[4] if ctx.needs_input_grad[4] else None, None, None, None, None
+
+
+_project.register_autograd(_backward, setup_context=_save)
