@@ -1,0 +1,36 @@
+"""Options of the representations. No torch here: the command line reads this before it parses its arguments."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class GaussiansConfig:
+    """3D Gaussians. Learning rates are Adam's, per step; those of `means` are in scene units."""
+
+    sh_degree: int = 3
+    """Harmonics stored, 0 (one colour from everywhere) to 3."""
+    sh_interval: float = 1 / 30
+    """Share of the training after which one more degree of harmonics is used."""
+    antialiased: bool = False
+    """Scale opacity so that the screen-space blur adds no mass; kept in exports."""
+    init_opacity: float = 0.1
+    """Opacity of a Gaussian made from a point, in (0, 1)."""
+    init_scale: float = 1.0
+    """Standard deviation of a Gaussian made from a point, in distances to its nearest neighbours."""
+    means_lr: float = 1.6e-4
+    means_lr_final: float = 1.6e-6
+    """What `means_lr` decays to, exponentially, over the training."""
+    quats_lr: float = 1e-3
+    log_scales_lr: float = 5e-3
+    opacity_logits_lr: float = 5e-2
+    sh0_lr: float = 2.5e-3
+    shN_lr: float = 1.25e-4
+
+    def sh_degree_at(self, progress: float) -> int:
+        """Harmonics in use at `progress` in 0..1."""
+        if self.sh_interval <= 0:
+            return self.sh_degree
+        # The small term keeps a multiple of the interval from rounding down.
+        return min(self.sh_degree, int(progress / self.sh_interval + 1e-9))
