@@ -1,0 +1,14 @@
+// Each op's file defines its own bind function; bindings.cpp calls them.
+#pragma once
+#include <nanobind/nanobind.h>
+
+namespace pf {
+
+void bind_adam(nanobind::module_ &m);
+void bind_bin(nanobind::module_ &m);
+void bind_composite(nanobind::module_ &m);
+void bind_project(nanobind::module_ &m);
+void bind_sh(nanobind::module_ &m);
+void bind_ssim(nanobind::module_ &m);
+
+}  // namespace pf
