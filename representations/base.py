@@ -1,0 +1,57 @@
+"""What every scene representation offers, and the table of those there are."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, ClassVar, Literal, Protocol, Self, runtime_checkable
+
+from torch import Tensor
+
+from prismfield.render.cameras import Cameras
+from prismfield.render.output import RenderOutput
+from prismfield.representations.gaussians import Gaussians
+
+
+@runtime_checkable
+class Representation(Protocol):
+    """A trainable scene. Classes are `nn.Module`s; positions are in the scene frame."""
+
+    batching: ClassVar[Literal["image", "pixels"]]
+    """What one training step draws: whole images, or rays through chosen pixels."""
+
+    @classmethod
+    def from_points(cls, xyz: Tensor, rgb: Tensor, aabb: Tensor, config: Any) -> Self:
+        """A scene to start training from: `xyz` and `rgb` (0..1) are [P, 3], `aabb` [2, 3] bounds the content."""
+        ...
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], config: Any) -> Self:
+        """The scene whose `tensors()` these are, with any number of primitives."""
+        ...
+
+    def render(
+        self,
+        cameras: Cameras,
+        pixels: Tensor | None = None,
+        background: Tensor | None = None,
+        extras: Collection[str] = (),
+    ) -> RenderOutput:
+        """Draw whole images, or only `pixels` [R, 3] (camera, column, row).
+
+        Args:
+            background: [C, 3], black if None.
+            extras: what to compute beside colour and alpha; names in `render.rasterize.EXTRAS`. A name that means nothing to
+                the representation is ignored.
+        """
+        ...
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """One group for each parameter: `name`, `params`, `lr`, and `lr_final` where the rate decays over the training."""
+        ...
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that has to be saved, detached, under glossary names."""
+        ...
+
+
+REPRESENTATIONS: dict[str, type[Representation]] = {"gaussians": Gaussians}
