@@ -40,13 +40,13 @@ class Representation(Protocol):
 
         Args:
             background: [C, 3], black if None.
-            extras: what to compute beside colour and alpha; names in `render.rasterize.EXTRAS`. A name that means nothing to
-                the representation is ignored.
+            extras: what to compute beside colour and alpha; names in `render.rasterize.EXTRAS`. One that means nothing
+                to the representation is ignored.
         """
         ...
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """One group for each parameter: `name`, `params`, `lr`, and `lr_final` where the rate decays over the training."""
+        """One group a parameter: `name`, `params`, `lr`, and `lr_final` where the rate decays over the training."""
         ...
 
     def tensors(self) -> dict[str, Tensor]:

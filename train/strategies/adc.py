@@ -23,9 +23,10 @@ _SPLIT_SHRINK = 1.6  # two children of 1 / 1.6 the size, 3D Gaussian Splatting s
 class Adc(Fixed):
     """Grow where the screen gradient is large, drop what is faint or too large (arXiv:2308.04079, section 5).
 
-    A Gaussian's score is the mean, over the images that show it since the last growth, of the length of the loss's gradient to
-    its projected centre, per half image (the original's normalised device coordinates) and per image of the batch.
-    Departs from the paper in never exceeding `max_primitives`, where the highest scores go first, and in `growth="budget"`.
+    A Gaussian's score is the mean, over the images that show it since the last growth, of the length of the loss's
+    gradient to its projected centre, per half image (the original's normalised device coordinates) and per image of the
+    batch. Departs from the paper in never exceeding `max_primitives`, where the highest scores go first, and in
+    `growth="budget"`.
     """
 
     config: AdcConfig
@@ -134,9 +135,7 @@ class Adc(Fixed):
             keep_rows(scene, optimizer, keep)
 
 
-def _halves(
-    scene: Gaussians, index: Tensor, generator: torch.Generator
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _halves(scene: Gaussians, index: Tensor, generator: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Two smaller Gaussians for each at `index`, their centres drawn from it."""
     rows = {name: value[index] for name, value in scene.tensors().items()}
     axes = rotation_matrices(rows["quats"]) * rows["log_scales"].exp()[:, None]

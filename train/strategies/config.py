@@ -1,6 +1,6 @@
 """Options of the strategies. No torch here: the command line reads this before it parses its arguments.
 
-Step counts are those of a 30,000-step training. A shorter one shrinks them in proportion, but none below `min_interval`.
+Step counts are those of a 30,000-step training. A shorter one shrinks them in proportion, none below `min_interval`.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ class AdcConfig:
 
     growth: Literal["threshold", "budget"] = "threshold"
     """"threshold": every Gaussian whose screen gradient is above `grad_threshold` grows. "budget": the count follows a
-    quadratic curve up to the most primitives allowed, and those with the largest gradients grow (Taming 3DGS, arXiv:2406.15643)."""
+    quadratic curve up to the most primitives allowed, and those with the largest gradients grow (Taming 3DGS,
+    arXiv:2406.15643)."""
     absgrad: bool = True
-    """Judge by the sum of absolute per-pixel gradients, which do not cancel inside a large Gaussian (AbsGS, arXiv:2404.10484)."""
+    """Judge by the sum of absolute per-pixel gradients, which do not cancel inside a large Gaussian (AbsGS,
+    arXiv:2404.10484)."""
     grad_threshold: float = 0.0
-    """Mean screen gradient above which a Gaussian grows, per half image width; 0 takes 0.0002, or 0.0008 with `absgrad`."""
+    """Mean screen gradient, per half image, above which a Gaussian grows; 0 takes 0.0002, or 0.0008 with `absgrad`."""
     split_extent: float = 0.01
     """Standard deviation above which a growing Gaussian is split rather than cloned, scene units."""
     min_opacity: float = 0.005

@@ -25,8 +25,8 @@ _GATE_OPACITY = 0.1  # above it the gate is under 1e-4 and the noise is left out
 class Mcmc(Fixed):
     """3D Gaussian Splatting as Markov chain Monte Carlo (arXiv:2404.09591).
 
-    Departs from the paper in two things: noise goes only to Gaussians fainter than 0.1, where its gate is not closed; and the
-    moments of a divided Gaussian's centre, rotation and colour are kept.
+    Departs from the paper in two things: noise goes only to Gaussians fainter than 0.1, where its gate is not closed;
+    and the moments of a divided Gaussian's centre, rotation and colour are kept.
     """
 
     config: McmcConfig
@@ -104,9 +104,9 @@ class Mcmc(Fixed):
 def divided(opacities: Tensor, scales: Tensor, copies: Tensor) -> tuple[Tensor, Tensor]:
     """Opacity and scales of each of n equal Gaussians in one place that together look like one.
 
-    Eq. 9 of 3DGS-MCMC (arXiv:2404.09591). The opacity at the centre is exact, o' = 1 - (1 - o)^(1/n). The scale keeps the
-    integral along a line through the centre: o s = s' sum_{k=1..n} C(n, k) (-1)^(k-1) o'^k / sqrt(k), the paper's double sum
-    with the inner one carried out.
+    Eq. 9 of 3DGS-MCMC (arXiv:2404.09591). The opacity at the centre is exact, o' = 1 - (1 - o)^(1/n). The scale keeps
+    the integral along a line through the centre: o s = s' sum_{k=1..n} C(n, k) (-1)^(k-1) o'^k / sqrt(k), the paper's
+    double sum with one of its sums carried out.
 
     Args:
         opacities: [M] in (0, 1).
@@ -114,7 +114,7 @@ def divided(opacities: Tensor, scales: Tensor, copies: Tensor) -> tuple[Tensor, 
         copies: [M] integers from 1; more than MAX_COPIES count as that many.
     """
     copies = copies.clamp(max=MAX_COPIES)
-    # Double precision: the alternating terms reach 1e10 times their sum.
+    # In double precision: the terms alternate and largely cancel.
     old = opacities.double().clamp(max=1 - 1e-6)
     new = -torch.expm1(torch.log1p(-old) / copies)
     powers = new[:, None] ** torch.arange(1, MAX_COPIES + 1, device=new.device)

@@ -22,9 +22,7 @@ def append_rows(scene: nn.Module, optimizer: torch.optim.Optimizer, rows: dict[s
 
 
 @torch.no_grad()
-def replace_rows(
-    scene: nn.Module, optimizer: torch.optim.Optimizer, index: Tensor, rows: dict[str, Tensor]
-) -> None:
+def replace_rows(scene: nn.Module, optimizer: torch.optim.Optimizer, index: Tensor, rows: dict[str, Tensor]) -> None:
     """Overwrite primitives in place and zero their moments.
 
     Args:
@@ -45,9 +43,7 @@ def _moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[
 
 
 @torch.no_grad()
-def _rebuild(
-    scene: nn.Module, optimizer: torch.optim.Optimizer, index: Tensor | None, rows: dict[str, Tensor]
-) -> None:
+def _rebuild(scene: nn.Module, optimizer: torch.optim.Optimizer, index: Tensor | None, rows: dict[str, Tensor]) -> None:
     """Give every parameter the rows at `index` (all if None) followed by `rows`.
 
     Parameters are new objects: autograd keeps the old shape of one whose data is exchanged while a graph is alive.

@@ -8,8 +8,8 @@ REFERENCE_STEPS = 30_000
 class Schedule:
     """Says at which steps something periodic is due.
 
-    Counts are those of a training of REFERENCE_STEPS. The length of this one is told from how far it has come, which also
-    serves a training that is bounded by time; a shorter one shrinks the counts in proportion, a longer one keeps them.
+    Counts are those of a training of REFERENCE_STEPS. The length of this one is told from how far it has come, which
+    also serves a training bounded by time; a shorter one shrinks the counts in proportion, a longer one keeps them.
     """
 
     def __init__(self, start: int, interval: int, min_interval: int, stop: float) -> None:
