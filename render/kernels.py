@@ -24,9 +24,11 @@ def _load() -> tuple[Any, str]:
         return None, "reference (PRISMFIELD_KERNELS=reference)"
     for level in (wanted,) if wanted else LEVELS:
         try:
-            return importlib.import_module(f"prismfield._kernels_{level}"), f"C++ x86-64-{level}"
+            module = importlib.import_module(f"prismfield._kernels_{level}")
         except ImportError:
             continue
+        module.keep_freed_memory()
+        return module, f"C++ x86-64-{level}"
     return None, "reference: no compiled kernels in this installation; install a C++20 compiler and run pip install again"
 
 

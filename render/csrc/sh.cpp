@@ -103,7 +103,7 @@ void sh_forward(Floats sh0, Floats shN, Floats means, Floats viewmats, Floats ra
 }
 
 struct Gradients {
-  float *sh0, *shN, *means;
+  float *sh0, *shN, *means;  // shN is null where its gradient is not wanted
 };
 
 // Adds the gradients that primitive i gets from camera c; `v_center` collects the camera centre's.
@@ -113,16 +113,18 @@ void backward_one(const Inputs &in, int c, int64_t i, const float *center, const
   if (!(in.radii[2 * at] > 0.f)) return;
   float v[3], dir[3], b[kMaxTerms], v_basis[kMaxTerms], v_dir[3];
   for (int d = 0; d < 3; d++) v[d] = rgbs[3 * at + d] > 0.f ? v_rgbs[3 * at + d] : 0.f;
+  if (v[0] == 0.f && v[1] == 0.f && v[2] == 0.f) return;  // hidden behind others
   const float inverse = in.direction(i, center, dir);
   basis(in.degree, dir[0], dir[1], dir[2], b);
   for (int d = 0; d < 3; d++) out.sh0[3 * i + d] += kC0 * v[d];
   const float *rest = in.shN + 3 * in.stored * i - 3;
-  float *v_rest = out.shN + 3 * in.stored * i - 3;
-  for (int k = 1; k < in.terms(); k++) {
-    for (int d = 0; d < 3; d++) v_rest[3 * k + d] += b[k] * v[d];
-    v_basis[k] = rest[3 * k] * v[0] + rest[3 * k + 1] * v[1] + rest[3 * k + 2] * v[2];
-  }
+  float *v_rest = out.shN ? out.shN + 3 * in.stored * i - 3 : nullptr;
+  if (out.shN)
+    for (int k = 1; k < in.terms(); k++)
+      for (int d = 0; d < 3; d++) v_rest[3 * k + d] += b[k] * v[d];
   if (in.degree == 0) return;
+  for (int k = 1; k < in.terms(); k++)
+    v_basis[k] = rest[3 * k] * v[0] + rest[3 * k + 1] * v[1] + rest[3 * k + 2] * v[2];
   basis_vjp(in.degree, dir[0], dir[1], dir[2], v_basis, v_dir);
   const float along = v_dir[0] * dir[0] + v_dir[1] * dir[1] + v_dir[2] * dir[2];
   for (int d = 0; d < 3; d++) {
@@ -135,7 +137,7 @@ void backward_one(const Inputs &in, int c, int64_t i, const float *center, const
 void sh_backward(Floats sh0, Floats shN, Floats means, Floats viewmats, Floats radii, int degree, Floats rgbs,
                  Floats v_rgbs, bool camera_gradient, Floats v_sh0, Floats v_shN, Floats v_means, Floats v_viewmats) {
   const Inputs in = make_inputs(sh0, shN, means, viewmats, radii, degree);
-  const Gradients out{v_sh0.data(), v_shN.data(), v_means.data()};
+  const Gradients out{v_sh0.data(), v_shN.size() > 0 ? v_shN.data() : nullptr, v_means.data()};
   const float *colors = rgbs.data(), *v_colors = v_rgbs.data();
   float *v_cameras = v_viewmats.data();
   nb::gil_scoped_release unlocked;
@@ -146,7 +148,7 @@ void sh_backward(Floats sh0, Floats shN, Floats means, Floats viewmats, Floats r
       const int64_t begin = chunk * kGrain, end = std::min(begin + kGrain, in.count);
       std::fill(out.sh0 + 3 * begin, out.sh0 + 3 * end, 0.f);
       std::fill(out.means + 3 * begin, out.means + 3 * end, 0.f);
-      std::fill(out.shN + 3 * in.stored * begin, out.shN + 3 * in.stored * end, 0.f);
+      if (out.shN) std::fill(out.shN + 3 * in.stored * begin, out.shN + 3 * in.stored * end, 0.f);
       for (int c = 0; c < in.cameras; c++) {
         float center[3];
         in.center(c, center);

@@ -28,6 +28,22 @@ inline const BlockGrid kGrid;
 inline int column_in_tile(int block, int lane) { return block % kBlocksX * kBlockWidth + lane % kBlockWidth; }
 inline int row_in_tile(int block, int lane) { return block / kBlocksX * kBlockHeight + lane / kBlockWidth; }
 
+// The low kBlocksX bits of each lane, one after the other.
+PF_INLINE uint64_t pack_rows(vi rows) {
+#if defined(__AVX512F__)
+  return static_cast<uint64_t>(_mm_cvtsi128_si64(_mm512_cvtepi32_epi8((__m512i)rows)));
+#elif defined(__AVX2__)
+  const __m256i nibbles = _mm256_mullo_epi32((__m256i)rows, _mm256_setr_epi32(1, 1 << 4, 1 << 8, 1 << 12, 1 << 16, 1 << 20, 1 << 24, 1 << 28));
+  const __m128i half = _mm_or_si128(_mm256_castsi256_si128(nibbles), _mm256_extracti128_si256(nibbles, 1));
+  const __m128i quarter = _mm_or_si128(half, _mm_srli_si128(half, 8));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(quarter) | _mm_extract_epi32(quarter, 1));
+#else
+  uint64_t packed = 0;
+  for (int lane = 0; lane < W; lane++) packed |= static_cast<uint64_t>(static_cast<uint32_t>(rows[lane])) << (lane * kBlocksX);
+  return packed;
+#endif
+}
+
 // The blocks of the tile at (tile_x, tile_y) that an outline reaches, one bit each, row by row.
 template <class Outline>
 PF_INLINE uint64_t covered_blocks(const Outline &outline, float tile_x, float tile_y) {
@@ -44,11 +60,7 @@ PF_INLINE uint64_t covered_blocks(const Outline &outline, float tile_x, float ti
     const vi begin = truncate(lo), end = truncate(hi);  // columns begin .. end - 1
     const vi one = vi{} + 1;
     const vi bits = (one << ((end + (kBlockWidth - 1)) >> kBlockWidthLog2)) - (one << (begin >> kBlockWidthLog2));
-    const vi covered = bits & (begin < end);
-    alignas(64) int32_t rows[W];
-    std::memcpy(rows, &covered, sizeof rows);
-    for (int lane = 0; lane < rows_at_once; lane++)
-      blocks |= static_cast<uint64_t>(static_cast<uint32_t>(rows[lane])) << ((first + lane) * kBlocksX);
+    blocks |= pack_rows(bits & (begin < end)) << (first * kBlocksX);
   }
   return blocks;
 }

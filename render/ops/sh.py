@@ -111,17 +111,20 @@ def _sh_colors_backward(
     degree: int,
     rgbs: Tensor,
     v_rgbs: Tensor,
+    rest_gradient: bool,
     camera_gradient: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     inputs = [t.contiguous() for t in (sh0, shN, means, viewmats, radii)]
-    grads = [torch.empty_like(t) for t in inputs[:3]] + [torch.zeros_like(viewmats)]
+    v_shN = torch.empty_like(shN) if rest_gradient else shN.new_empty(0)
+    grads = [torch.empty_like(sh0), v_shN, torch.empty_like(means), torch.zeros_like(viewmats)]
     kernels.sh_backward(*inputs, degree, rgbs, v_rgbs.contiguous(), camera_gradient, *grads)
     return grads[0], grads[1], grads[2], grads[3]
 
 
 @_sh_colors_backward.register_fake
-def _(sh0, shN, means, viewmats, *_):
-    return tuple(torch.empty_like(t) for t in (sh0, shN, means, viewmats))
+def _(sh0, shN, means, viewmats, radii, degree, rgbs, v_rgbs, rest_gradient, camera_gradient):
+    v_shN = torch.empty_like(shN) if rest_gradient else shN.new_empty(0)
+    return torch.empty_like(sh0), v_shN, torch.empty_like(means), torch.empty_like(viewmats)
 
 
 def _save(ctx, inputs, output):
@@ -131,8 +134,9 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, v_rgbs):
     *inputs, rgbs = ctx.saved_tensors
-    grads = _sh_colors_backward(*inputs, ctx.degree, rgbs, v_rgbs, ctx.needs_input_grad[3])
-    return *grads[:3], grads[3] if ctx.needs_input_grad[3] else None, None, None
+    _, rest, _, camera, *_ = ctx.needs_input_grad
+    v_sh0, v_shN, v_means, v_viewmats = _sh_colors_backward(*inputs, ctx.degree, rgbs, v_rgbs, rest, camera)
+    return v_sh0, v_shN if rest else None, v_means, v_viewmats if camera else None, None, None
 
 
 _sh_colors.register_autograd(_backward, setup_context=_save)

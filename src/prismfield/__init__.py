@@ -1,0 +1,1 @@
+"""Prismfield: train, look at and ship neural scene representations."""
