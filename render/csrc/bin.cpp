@@ -30,25 +30,33 @@ struct Grid {
   int tiles() const { return columns * rows; }
 };
 
+// First and last pixel of 0 .. length - 1 whose centres lie within `radius` of `center`, give or take rounding.
+struct Interval {
+  int first, last;
+  Interval(float center, float radius, int length)
+      : first(static_cast<int>(std::ceil(std::max(center - radius - 0.51f, 0.f)))),
+        last(static_cast<int>(std::floor(std::min(center + radius - 0.49f, length - 1.f)))) {}
+  bool empty() const { return first > last; }
+};
+
 // Calls visit(tile) for each tile with a pixel centre inside the outline, row by row.
 template <class Primitive, class Visit>
-PF_INLINE void visit_tiles(const Grid &grid, const float *params, float radius_y, Visit visit) {
-  const Primitive primitive(params);
-  const auto outline = primitive.outline();
-  const float top = primitive.y - radius_y - 0.51f, bottom = primitive.y + radius_y - 0.49f;
-  if (bottom < 0.f || top > static_cast<float>(grid.height - 1)) return;
-  const int y0 = static_cast<int>(std::ceil(std::max(top, 0.f)));
-  const int y1 = static_cast<int>(std::min(bottom, static_cast<float>(grid.height - 1)));
-  if (y0 > y1) return;
-  for (int row = y0 / kTileSize; row <= y1 / kTileSize; row++) {
-    const float first_center = row * kTileSize + 0.5f;
-    const float last_center = std::min((row + 1) * kTileSize, grid.height) - 0.5f;
-    const Span<float> span = outline.row_span(first_center, last_center);
-    if (!(span.right >= 0.f) || !(span.left <= grid.width)) continue;
-    const int x0 = static_cast<int>(std::max(span.left + 0.499f, 0.f));  // first pixel whose centre is not left of it
-    const int x1 = static_cast<int>(std::min(span.right - 0.499f, grid.width - 1.f));
-    if (span.right < 0.499f || x0 > x1) continue;
-    for (int column = x0 / kTileSize; column <= x1 / kTileSize; column++) visit(row * grid.columns + column);
+PF_INLINE void visit_tiles(const Grid &grid, const float *params, const float *radii, Visit visit) {
+  const Interval x(params[0], radii[0], grid.width), y(params[1], radii[1], grid.height);
+  if (x.empty() || y.empty()) return;
+  const int first_row = y.first / kTileSize, last_row = y.last / kTileSize;
+  const int first_column = x.first / kTileSize, last_column = x.last / kTileSize;
+  if (first_column == last_column) {  // nothing for the outline to cut off
+    for (int row = first_row; row <= last_row; row++) visit(row * grid.columns + first_column);
+    return;
+  }
+  const auto outline = Primitive(params).outline();
+  for (int row = first_row; row <= last_row; row++) {
+    const Span<float> span = outline.row_span(row * kTileSize + 0.5f, std::min((row + 1) * kTileSize, grid.height) - 0.5f);
+    if (!(span.left <= span.right)) continue;
+    const int from = static_cast<int>(std::clamp(span.left + 0.499f, static_cast<float>(x.first), x.last + 1.f)) / kTileSize;
+    const int to = static_cast<int>(std::clamp(span.right - 0.499f, x.first - 1.f, static_cast<float>(x.last))) / kTileSize;
+    for (int column = from; column <= to; column++) visit(row * grid.columns + column);
   }
 }
 
@@ -76,7 +84,7 @@ int64_t bin_count(std::string name, Floats params, Floats depths, Floats radii, 
         const size_t before = list.size();
         const int32_t offset = static_cast<int32_t>(id / count) * grid.tiles();
         if (in_radii[2 * id] > 0.f)
-          visit_tiles<Primitive>(grid, in_params + id * Primitive::kParams, in_radii[2 * id + 1], [&](int tile) {
+          visit_tiles<Primitive>(grid, in_params + id * Primitive::kParams, in_radii + 2 * id, [&](int tile) {
             list.push_back(offset + tile);
             counts[offset + tile]++;
           });
@@ -103,7 +111,12 @@ int64_t bin_count(std::string name, Floats params, Floats depths, Floats radii, 
 
 struct Scratch {
   std::vector<uint64_t> keys, other;
-  std::vector<int32_t> ids, rows;
+};
+
+// One intersection on its way to its tile.
+struct Entry {
+  uint32_t depth;
+  int32_t id, row;
 };
 
 // Sorts keys (depth bits above, position below) by their upper half, stably: bytes from the low end, skipping constant ones.
@@ -133,7 +146,7 @@ uint64_t *sort_keys(Scratch &scratch, int length) {
 }
 
 void bin_sort(Floats depths, Ints tile_ranges, Ints row_starts, Ints out_ids, Ints out_rows) {
-  static thread_local Buffer<uint32_t> depth_keys;
+  static thread_local Buffer<Entry> buffer;
   const float *in_depths = depths.data();
   const int32_t *ranges = tile_ranges.data(), *starts = row_starts.data();
   const int64_t all = depths.size(), tiles = static_cast<int64_t>(tile_ranges.size()) - 1;
@@ -142,7 +155,7 @@ void bin_sort(Floats depths, Ints tile_ranges, Ints row_starts, Ints out_ids, In
   const int workers = plan.workers;
   int32_t *slots = plan.slots.data();
   auto &lists = plan.tiles;
-  uint32_t *keys = depth_keys.need(ranges[tiles]);
+  Entry *entries = buffer.need(ranges[tiles]);
   parallel_for(workers, 1, [&](int64_t worker, int64_t last) {
     for (; worker < last; worker++) {
       const auto [begin, end] = share(all, static_cast<int>(worker), workers);
@@ -150,10 +163,8 @@ void bin_sort(Floats depths, Ints tile_ranges, Ints row_starts, Ints out_ids, In
       int32_t *slot = slots + worker * tiles;
       for (int64_t id = begin; id < end; id++) {
         const uint32_t key = std::bit_cast<uint32_t>(in_depths[id]);  // positive floats order like their bits
-        for (int32_t row = starts[id]; row < starts[id + 1]; row++) {
-          const int32_t at = slot[*tile++]++;
-          ids[at] = static_cast<int32_t>(id), rows[at] = row, keys[at] = key;
-        }
+        for (int32_t row = starts[id]; row < starts[id + 1]; row++)
+          entries[slot[*tile++]++] = {key, static_cast<int32_t>(id), row};
       }
     }
   });
@@ -161,17 +172,13 @@ void bin_sort(Floats depths, Ints tile_ranges, Ints row_starts, Ints out_ids, In
     static thread_local Scratch scratch;
     for (; tile < last; tile++) {
       const int32_t begin = ranges[tile], length = ranges[tile + 1] - begin;
-      if (length < 2) continue;
-      if (scratch.keys.size() < static_cast<size_t>(length)) {
-        scratch.keys.resize(length), scratch.other.resize(length), scratch.ids.resize(length), scratch.rows.resize(length);
-      }
-      for (int i = 0; i < length; i++) scratch.keys[i] = static_cast<uint64_t>(keys[begin + i]) << 32 | static_cast<uint32_t>(i);
-      std::copy_n(ids + begin, length, scratch.ids.data());
-      std::copy_n(rows + begin, length, scratch.rows.data());
+      if (scratch.keys.size() < static_cast<size_t>(length)) scratch.keys.resize(length), scratch.other.resize(length);
+      for (int i = 0; i < length; i++)
+        scratch.keys[i] = static_cast<uint64_t>(entries[begin + i].depth) << 32 | static_cast<uint32_t>(i);
       const uint64_t *sorted = sort_keys(scratch, length);
       for (int i = 0; i < length; i++) {
-        const uint32_t from = static_cast<uint32_t>(sorted[i]);
-        ids[begin + i] = scratch.ids[from], rows[begin + i] = scratch.rows[from];
+        const Entry &entry = entries[begin + static_cast<uint32_t>(sorted[i])];
+        ids[begin + i] = entry.id, rows[begin + i] = entry.row;
       }
     }
   });

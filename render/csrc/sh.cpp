@@ -1,6 +1,7 @@
 // View-dependent colour from spherical harmonics, forward and backward. Bound by memory: K x 3 floats a primitive.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <vector>
 #include "arrays.h"
 #include "bindings.h"
@@ -30,26 +31,40 @@ inline void basis(int degree, float x, float y, float z, float *out) {
   out[14] = kC3[5] * z * (xx - yy), out[15] = kC3[6] * x * (xx - 3 * yy);
 }
 
-// The gradient of sum_k v[k] * basis_k to the direction.
-inline void basis_vjp(int degree, float x, float y, float z, const float *v, float *v_dir) {
-  float gx = 0, gy = 0, gz = 0;
-  if (degree >= 1) gx -= kC1 * v[3], gy -= kC1 * v[1], gz += kC1 * v[2];
-  if (degree >= 2) {
-    gx += kC2[0] * y * v[4] - 2 * kC2[2] * x * v[6] + kC2[3] * z * v[7] + 2 * kC2[4] * x * v[8];
-    gy += kC2[0] * x * v[4] + kC2[1] * z * v[5] - 2 * kC2[2] * y * v[6] - 2 * kC2[4] * y * v[8];
-    gz += kC2[1] * y * v[5] + 4 * kC2[2] * z * v[6] + kC2[3] * x * v[7];
-  }
-  if (degree >= 3) {
-    const float xx = x * x, yy = y * y, zz = z * z;
-    gx += 6 * kC3[0] * x * y * v[9] + kC3[1] * y * z * v[10] - 2 * kC3[2] * x * y * v[11] - 6 * kC3[3] * x * z * v[12] +
-          kC3[4] * (4 * zz - 3 * xx - yy) * v[13] + 2 * kC3[5] * x * z * v[14] + 3 * kC3[6] * (xx - yy) * v[15];
-    gy += 3 * kC3[0] * (xx - yy) * v[9] + kC3[1] * x * z * v[10] + kC3[2] * (4 * zz - xx - 3 * yy) * v[11] -
-          6 * kC3[3] * y * z * v[12] - 2 * kC3[4] * x * y * v[13] - 2 * kC3[5] * y * z * v[14] - 6 * kC3[6] * x * y * v[15];
-    gz += kC3[1] * x * y * v[10] + 8 * kC3[2] * y * z * v[11] + kC3[3] * (6 * zz - 3 * xx - 3 * yy) * v[12] +
-          8 * kC3[4] * x * z * v[13] + kC3[5] * (xx - yy) * v[14];
-  }
-  v_dir[0] = gx, v_dir[1] = gy, v_dir[2] = gz;
+// Derivatives of the basis to x, y and z.
+inline void basis_gradient(int degree, float x, float y, float z, float (*out)[kMaxTerms]) {
+  float *dx = out[0], *dy = out[1], *dz = out[2];
+  if (degree < 1) return;
+  dx[1] = 0, dy[1] = -kC1, dz[1] = 0;
+  dx[2] = 0, dy[2] = 0, dz[2] = kC1;
+  dx[3] = -kC1, dy[3] = 0, dz[3] = 0;
+  if (degree < 2) return;
+  dx[4] = kC2[0] * y, dy[4] = kC2[0] * x, dz[4] = 0;
+  dx[5] = 0, dy[5] = kC2[1] * z, dz[5] = kC2[1] * y;
+  dx[6] = -2 * kC2[2] * x, dy[6] = -2 * kC2[2] * y, dz[6] = 4 * kC2[2] * z;
+  dx[7] = kC2[3] * z, dy[7] = 0, dz[7] = kC2[3] * x;
+  dx[8] = 2 * kC2[4] * x, dy[8] = -2 * kC2[4] * y, dz[8] = 0;
+  if (degree < 3) return;
+  const float xx = x * x, yy = y * y, zz = z * z;
+  dx[9] = 6 * kC3[0] * x * y, dy[9] = 3 * kC3[0] * (xx - yy), dz[9] = 0;
+  dx[10] = kC3[1] * y * z, dy[10] = kC3[1] * x * z, dz[10] = kC3[1] * x * y;
+  dx[11] = -2 * kC3[2] * x * y, dy[11] = kC3[2] * (4 * zz - xx - 3 * yy), dz[11] = 8 * kC3[2] * y * z;
+  dx[12] = -6 * kC3[3] * x * z, dy[12] = -6 * kC3[3] * y * z, dz[12] = kC3[3] * (6 * zz - 3 * xx - 3 * yy);
+  dx[13] = kC3[4] * (4 * zz - 3 * xx - yy), dy[13] = -2 * kC3[4] * x * y, dz[13] = 8 * kC3[4] * x * z;
+  dx[14] = 2 * kC3[5] * x * z, dy[14] = -2 * kC3[5] * y * z, dz[14] = kC3[5] * (xx - yy);
+  dx[15] = 3 * kC3[6] * (xx - yy), dy[15] = -6 * kC3[6] * x * y, dz[15] = 0;
 }
+
+// One colour and a spare lane. Coefficients lie three by three, so four are loaded and the fourth is ignored.
+typedef float Color __attribute__((vector_size(16)));
+inline Color load3(const float *p) { return Color{p[0], p[1], p[2], 0.f}; }
+inline Color load4(const float *p) {
+  Color c;
+  std::memcpy(&c, p, sizeof c);
+  return c;
+}
+inline void store3(float *p, Color c) { p[0] = c[0], p[1] = c[1], p[2] = c[2]; }
+inline void store4(float *p, Color c) { std::memcpy(p, &c, sizeof c); }
 
 struct Inputs {
   const float *sh0, *shN, *means, *viewmats, *radii;
@@ -93,10 +108,12 @@ void sh_forward(Floats sh0, Floats shN, Floats means, Floats viewmats, Floats ra
         float dir[3], b[kMaxTerms];
         in.direction(i, center, dir);
         basis(in.degree, dir[0], dir[1], dir[2], b);
-        const float *dc = in.sh0 + 3 * i, *rest = in.shN + 3 * in.stored * i - 3;
-        float r = kC0 * dc[0] + 0.5f, g = kC0 * dc[1] + 0.5f, bl = kC0 * dc[2] + 0.5f;
-        for (int k = 1; k < in.terms(); k++) r += b[k] * rest[3 * k], g += b[k] * rest[3 * k + 1], bl += b[k] * rest[3 * k + 2];
-        rgb[0] = std::max(r, 0.f), rgb[1] = std::max(g, 0.f), rgb[2] = std::max(bl, 0.f);
+        const float *rest = in.shN + 3 * in.stored * i;
+        const int last = in.terms() - 2;  // the last coefficient used is loaded alone: nothing may follow it in memory
+        Color color = kC0 * load3(in.sh0 + 3 * i) + 0.5f;
+        for (int k = 0; k < last; k++) color += b[k + 1] * load4(rest + 3 * k);
+        if (last >= 0) color += b[last + 1] * load3(rest + 3 * last);
+        for (int d = 0; d < 3; d++) rgb[d] = std::max(color[d], 0.f);
       }
     });
   }
@@ -106,27 +123,46 @@ struct Gradients {
   float *sh0, *shN, *means;  // shN is null where its gradient is not wanted
 };
 
-// Adds the gradients that primitive i gets from camera c; `v_center` collects the camera centre's.
+// Adds the gradients that primitive i gets from camera c; `v_center` collects the camera centre's. The first camera writes
+// the row of shN instead of adding to it.
 void backward_one(const Inputs &in, int c, int64_t i, const float *center, const float *rgbs, const float *v_rgbs,
                   const Gradients &out, float *v_center) {
   const int64_t at = c * in.count + i;
-  if (!(in.radii[2 * at] > 0.f)) return;
-  float v[3], dir[3], b[kMaxTerms], v_basis[kMaxTerms], v_dir[3];
-  for (int d = 0; d < 3; d++) v[d] = rgbs[3 * at + d] > 0.f ? v_rgbs[3 * at + d] : 0.f;
-  if (v[0] == 0.f && v[1] == 0.f && v[2] == 0.f) return;  // hidden behind others
+  const int last = in.terms() - 2;
+  const float *rest = in.shN + 3 * in.stored * i;
+  float *v_rest = out.shN ? out.shN + 3 * in.stored * i : nullptr;
+  Color v{};
+  if (in.radii[2 * at] > 0.f)
+    for (int d = 0; d < 3; d++) v[d] = rgbs[3 * at + d] > 0.f ? v_rgbs[3 * at + d] : 0.f;
+  const bool lit = v[0] != 0.f || v[1] != 0.f || v[2] != 0.f;  // not hidden behind others
+  if (v_rest && c == 0) std::fill(v_rest + (lit ? 3 * (last + 1) : 0), v_rest + 3 * in.stored, 0.f);
+  if (!lit) return;
+  store3(out.sh0 + 3 * i, load3(out.sh0 + 3 * i) + kC0 * v);
+  if (last < 0) return;
+  float dir[3], b[kMaxTerms], db[3][kMaxTerms];
   const float inverse = in.direction(i, center, dir);
-  basis(in.degree, dir[0], dir[1], dir[2], b);
-  for (int d = 0; d < 3; d++) out.sh0[3 * i + d] += kC0 * v[d];
-  const float *rest = in.shN + 3 * in.stored * i - 3;
-  float *v_rest = out.shN ? out.shN + 3 * in.stored * i - 3 : nullptr;
-  if (out.shN)
-    for (int k = 1; k < in.terms(); k++)
-      for (int d = 0; d < 3; d++) v_rest[3 * k + d] += b[k] * v[d];
-  if (in.degree == 0) return;
-  for (int k = 1; k < in.terms(); k++)
-    v_basis[k] = rest[3 * k] * v[0] + rest[3 * k + 1] * v[1] + rest[3 * k + 2] * v[2];
-  basis_vjp(in.degree, dir[0], dir[1], dir[2], v_basis, v_dir);
-  const float along = v_dir[0] * dir[0] + v_dir[1] * dir[1] + v_dir[2] * dir[2];
+  if (v_rest) {
+    basis(in.degree, dir[0], dir[1], dir[2], b);
+    if (c == 0) {
+      for (int k = 0; k < last; k++) store4(v_rest + 3 * k, b[k + 1] * v);
+      store3(v_rest + 3 * last, b[last + 1] * v);
+    } else {
+      for (int k = 0; k <= last; k++) store3(v_rest + 3 * k, load3(v_rest + 3 * k) + b[k + 1] * v);
+    }
+  }
+  basis_gradient(in.degree, dir[0], dir[1], dir[2], db);
+  Color toward[3];
+  for (int d = 0; d < 3; d++) toward[d] = db[d][last + 1] * load3(rest + 3 * last);
+  for (int k = 0; k < last; k++) {
+    const Color coefficient = load4(rest + 3 * k);
+    for (int d = 0; d < 3; d++) toward[d] += db[d][k + 1] * coefficient;
+  }
+  float v_dir[3], along = 0.f;
+  for (int d = 0; d < 3; d++) {
+    const Color product = toward[d] * v;
+    v_dir[d] = product[0] + product[1] + product[2];
+    along += v_dir[d] * dir[d];
+  }
   for (int d = 0; d < 3; d++) {
     const float v_position = (v_dir[d] - along * dir[d]) * inverse;
     out.means[3 * i + d] += v_position;
@@ -148,7 +184,6 @@ void sh_backward(Floats sh0, Floats shN, Floats means, Floats viewmats, Floats r
       const int64_t begin = chunk * kGrain, end = std::min(begin + kGrain, in.count);
       std::fill(out.sh0 + 3 * begin, out.sh0 + 3 * end, 0.f);
       std::fill(out.means + 3 * begin, out.means + 3 * end, 0.f);
-      if (out.shN) std::fill(out.shN + 3 * in.stored * begin, out.shN + 3 * in.stored * end, 0.f);
       for (int c = 0; c < in.cameras; c++) {
         float center[3];
         in.center(c, center);
