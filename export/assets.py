@@ -27,7 +27,8 @@ class SplatAsset:
     They are in the user's frame: the axes and units of the capture they were trained on.
 
     Raises:
-        ValueError: a shape does not fit, a value is not finite, an opacity is outside 0..1 or a scale is negative.
+        ValueError: a shape does not fit, a value is not finite, an opacity is outside 0..1, a scale is negative or
+            a quaternion is not of unit length.
     """
 
     means: Array
@@ -60,6 +61,8 @@ class SplatAsset:
                 raise ValueError(f"{name}: {bad} of {count} Gaussians have a value that is not finite")
         if count and (self.opacities.min() < 0 or self.opacities.max() > 1):
             raise ValueError(f"opacities: expected 0..1, got {self.opacities.min()}..{self.opacities.max()}")
+        if count and np.abs(np.linalg.norm(self.quats, axis=1) - 1).max() > 1e-3:
+            raise ValueError("quats: expected unit length")
         if count and self.scales.min() < 0:
             raise ValueError(f"scales: expected none below 0, got {self.scales.min()}")
 

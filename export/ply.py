@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from importlib import metadata
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -106,7 +107,8 @@ def _write(path: Path, asset: SplatAsset) -> None:
         for start in range(0, len(asset), _ROWS_AT_ONCE):
             rows = slice(start, start + _ROWS_AT_ONCE)
             means, sh = asset.means[rows], asset.sh[rows]
-            columns = [means, np.zeros_like(means), sh[:, 0], sh[:, 1:].transpose(0, 2, 1).reshape(len(sh), -1)]
+            higher = sh[:, 1:].transpose(0, 2, 1).reshape(len(sh), 3 * (terms - 1))
+            columns: list[NDArray] = [means, np.zeros_like(means), sh[:, 0], higher]
             columns += [logits[rows, None], log_scales[rows], asset.quats[rows]]
             file.write(np.concatenate(columns, 1).astype("<f4").tobytes())
 
@@ -190,14 +192,14 @@ def _read_ascii(file: BinaryIO, header: _Header) -> NDArray:
     file.seek(header.size)
     for _ in range(sum(element.count for element in before)):
         file.readline()
-    rows = np.loadtxt(
-        (line for _, line in zip(range(vertices.count), file, strict=False)), np.float64, comments=None, ndmin=2
-    )
-    if rows.shape != (vertices.count, len(vertices.properties)):
-        raise ValueError(
-            f"expected {vertices.count} lines of {len(vertices.properties)} numbers, got {list(rows.shape)}"
-        )
-    return np.rec.fromarrays(rows.T, names=[name for name, _ in vertices.properties])
+    rows = np.loadtxt(islice(file, vertices.count), np.float64, comments=None, ndmin=2)
+    shape = (vertices.count, len(vertices.properties))
+    if rows.shape != shape:
+        raise ValueError(f"expected {shape[0]} lines of {shape[1]} numbers, got {list(rows.shape)}")
+    table = np.empty(len(rows), [(name, "f8") for name, _ in vertices.properties])
+    for column, (name, _) in zip(rows.T, vertices.properties, strict=True):
+        table[name] = column
+    return table
 
 
 def _to_asset(table: NDArray, header: _Header) -> SplatAsset:

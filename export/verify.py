@@ -45,9 +45,7 @@ def write_verified(
             raise OSError(f"{path}: the file that was written cannot be read back ({error})") from error
         for field, tolerance in tolerances.items():
             if not found[field] <= tolerance:
-                raise OSError(
-                    f"{path}: {field} came back different by {found[field]:.3g} (at most {tolerance:.3g} expected)"
-                )
+                raise OSError(f"{path}: {field} came back off by {found[field]:.3g}, at most {tolerance:.3g} expected")
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -147,8 +147,13 @@ class Gaussians(nn.Module):
         if pixels is None:
             return out
         camera, column, row = pixels.long().unbind(-1)
-        images = {"rgb": out.rgb, "alpha": out.alpha, "depth": out.depth, "median_depth": out.median_depth}
-        return replace(out, **{k: None if v is None else v[camera, row, column] for k, v in images.items()})
+        return replace(
+            out,
+            rgb=out.rgb[camera, row, column],
+            alpha=out.alpha[camera, row, column],
+            depth=None if out.depth is None else out.depth[camera, row, column],
+            median_depth=None if out.median_depth is None else out.median_depth[camera, row, column],
+        )
 
     def param_groups(self) -> list[dict[str, Any]]:
         """One group a parameter, with the rates of the config."""

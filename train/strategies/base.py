@@ -19,8 +19,10 @@ State = dict[str, Tensor | float | int]
 class Strategy(Protocol):
     """Edits a scene between steps: grows, prunes, raises the degree of the harmonics."""
 
-    extras: Collection[str]
-    """What it needs `render` to compute (see `render.rasterize.EXTRAS`)."""
+    @property
+    def extras(self) -> Collection[str]:
+        """What it needs `render` to compute (see `render.rasterize.EXTRAS`)."""
+        ...
 
     def after_step(
         self, step: int, progress: float, scene: Any, optimizer: torch.optim.Optimizer, out: RenderOutput
