@@ -22,8 +22,10 @@ NB_MODULE(PF_MODULE, m) {
   m.def("keep_freed_memory", &keep_freed_memory);
   m.def("set_num_threads", &pf::set_num_threads);
   m.def("num_threads", &pf::num_threads);
+  pf::bind_adam(m);
   pf::bind_bin(m);
   pf::bind_composite(m);
   pf::bind_project(m);
   pf::bind_sh(m);
+  pf::bind_ssim(m);
 }
