@@ -90,7 +90,8 @@ class Adc(Fixed):
         cameras, height, width = out.alpha.shape
         half_image = source.grad.new_tensor([0.5 * width, 0.5 * height]) * cameras
         drawn = out.radii[..., 0] > 0
-        self.gradients += (source.grad[..., :2] * half_image).norm(dim=-1).sum(0)
+        along_x, along_y = (source.grad[..., :2] * half_image).unbind(-1)
+        self.gradients += torch.hypot(along_x, along_y).sum(0)
         self.views += drawn.sum(0)
         if self.config.max_screen > 0:
             torch.maximum(self.widths, out.radii.amax((0, 2)) / width, out=self.widths)

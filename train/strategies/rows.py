@@ -2,23 +2,47 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 
+@torch.no_grad()
 def keep_rows(scene: nn.Module, optimizer: torch.optim.Optimizer, keep: Tensor) -> None:
-    """Keep the primitives where `keep` [N] (bool) is true, in their order."""
-    index = keep.nonzero().squeeze(1)
-    _rebuild(scene, optimizer, index, {})
+    """Drop the primitives where `keep` [N] (bool) is false. The last ones move into the gaps, so the order changes.
+
+    Costs no more than copying as many rows as are dropped.
+    """
+    count = int(keep.sum())
+    gaps = (~keep[:count]).nonzero().squeeze(1)
+    movers = keep[count:].nonzero().squeeze(1) + count
+
+    def compact(values: Tensor, _name: str, _is_moment: bool) -> Tensor:
+        values[gaps] = values[movers]
+        return values[:count]
+
+    _exchange(scene, optimizer, compact)
 
 
+@torch.no_grad()
 def append_rows(scene: nn.Module, optimizer: torch.optim.Optimizer, rows: dict[str, Tensor]) -> None:
-    """Add primitives after the last.
+    """Add primitives after the last. Their moments start at zero.
 
     Args:
-        rows: for every parameter of the scene, by name, [M, ...]. Their moments start at zero.
+        rows: for every parameter of the scene, by name, [M, ...].
     """
-    _rebuild(scene, optimizer, None, rows)
+    expected = [name for name, _ in scene.named_parameters()]
+    if sorted(rows) != sorted(expected):
+        raise ValueError(f"rows: expected {', '.join(expected)}, got {', '.join(rows)}")
+
+    def extend(values: Tensor, name: str, is_moment: bool) -> Tensor:
+        longer = _with_room(values, len(values) + len(rows[name]))
+        longer[len(values) :] = 0 if is_moment else rows[name]
+        return longer
+
+    _exchange(scene, optimizer, extend)
 
 
 @torch.no_grad()
@@ -42,35 +66,34 @@ def _moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[
     return {key: value for key, value in state.items() if torch.is_tensor(value) and value.shape == parameter.shape}
 
 
-@torch.no_grad()
-def _rebuild(scene: nn.Module, optimizer: torch.optim.Optimizer, index: Tensor | None, rows: dict[str, Tensor]) -> None:
-    """Give every parameter the rows at `index` (all if None) followed by `rows`.
+def _exchange(
+    scene: nn.Module, optimizer: torch.optim.Optimizer, change: Callable[[Tensor, str, bool], Tensor]
+) -> None:
+    """Put `change(values, parameter name, whether they are moments)` in the place of every parameter and moment.
 
     Parameters are new objects: autograd keeps the old shape of one whose data is exchanged while a graph is alive.
     """
-    parameters = dict(scene.named_parameters())
-    if rows and rows.keys() != parameters.keys():
-        raise ValueError(f"rows: expected {', '.join(parameters)}, got {', '.join(rows)}")
-    replaced: dict[nn.Parameter, nn.Parameter] = {}
-    for name, old in parameters.items():
-        new = nn.Parameter(_joined(old, index, rows.get(name)), requires_grad=old.requires_grad)
-        moments = {key: _joined(value, index, None, new) for key, value in _moments(optimizer, old).items()}
+    exchanged: dict[nn.Parameter, nn.Parameter] = {}
+    for name, old in list(scene.named_parameters()):
+        moments = {key: change(value, name, True) for key, value in _moments(optimizer, old).items()}
+        new = nn.Parameter(change(old.detach(), name, False), requires_grad=old.requires_grad)
         if old in optimizer.state:
             optimizer.state[new] = optimizer.state.pop(old) | moments
         setattr(scene, name, new)
-        replaced[old] = new
+        exchanged[old] = new
     for group in optimizer.param_groups:
-        group["params"] = [replaced.get(parameter, parameter) for parameter in group["params"]]
+        group["params"] = [exchanged.get(parameter, parameter) for parameter in group["params"]]
 
 
-def _joined(values: Tensor, index: Tensor | None, rows: Tensor | None, like: Tensor | None = None) -> Tensor:
-    """`values[index]`, then `rows`, or zeros up to the length of `like`; each row is copied once."""
-    kept = len(values) if index is None else len(index)
-    total = len(like) if like is not None else kept + (0 if rows is None else len(rows))
-    joined = values.new_empty(total, *values.shape[1:])
-    if index is None:
-        joined[:kept] = values
-    else:
-        torch.index_select(values, 0, index, out=joined[:kept])
-    joined[kept:] = 0 if rows is None else rows
-    return joined
+def _with_room(values: Tensor, total: int) -> Tensor:
+    """A tensor of `total` rows that begins with `values`, in the same memory where that has room.
+
+    New memory has room for half as many rows again, which take no physical memory before they are written.
+    """
+    size = (total, *values.shape[1:])
+    room = values.untyped_storage().nbytes() // values.element_size() - values.storage_offset()
+    if values.is_contiguous() and math.prod(size) <= room:
+        return values.as_strided(size, values.stride())
+    longer = values.new_empty(max(total, len(values) * 3 // 2), *values.shape[1:])
+    longer[: len(values)] = values
+    return longer[:total]
