@@ -122,7 +122,9 @@ class Lens:
         if self.model not in LENSES:
             raise ValueError(f"lens model: expected pinhole or one of {', '.join(LENSES)}, got {self.model!r}")
         if len(self.coefficients) != LENSES[self.model][0]:
-            raise ValueError(f"{self.model}: expected {LENSES[self.model][0]} coefficients, got {len(self.coefficients)}")
+            raise ValueError(
+                f"{self.model}: expected {LENSES[self.model][0]} coefficients, got {len(self.coefficients)}"
+            )
         if not np.isfinite(self.coefficients).all():
             raise ValueError(f"{self.model}: expected finite coefficients, got {self.coefficients}")
 
@@ -152,7 +154,7 @@ class Lens:
     def undistort(self, xy: Array, limit: float = 60.0) -> Array:
         """[..., 2] distorted to undistorted normalised coordinates, the inverse of `distort`.
 
-        Newton's method with bisection along the radius as its start; NaN where no ray within `max_radius(limit)` lands on the point.
+        Newton's method, started by bisection along the radius; NaN where no ray within `max_radius(limit)` lands on the point.
         """
         if self.model == "pinhole":
             return xy.copy()
@@ -161,12 +163,9 @@ class Lens:
         for _ in range(20):
             error = self.distort(guess) - xy
             step = 1e-6 * (1 + np.abs(guess))
-            columns = []
-            for axis in range(2):
-                moved = guess.copy()
-                moved[..., axis] += step[..., axis]
-                columns.append((self.distort(moved) - xy - error) / step[..., axis, None])
-            (a, c), (b, d) = np.moveaxis(columns[0], -1, 0), np.moveaxis(columns[1], -1, 0)
+            along_x, along_y = guess + step * (1, 0), guess + step * (0, 1)
+            a, c = np.moveaxis((self.distort(along_x) - xy - error) / step[..., :1], -1, 0)
+            b, d = np.moveaxis((self.distort(along_y) - xy - error) / step[..., 1:], -1, 0)
             with np.errstate(all="ignore"):
                 determinant = a * d - b * c
                 update = np.stack([d * error[..., 0] - b * error[..., 1], a * error[..., 1] - c * error[..., 0]], -1)
@@ -174,6 +173,8 @@ class Lens:
             longest = 0.2 * (1 + np.linalg.norm(guess, axis=-1, keepdims=True))
             length = np.linalg.norm(update, axis=-1, keepdims=True)
             guess = guess - update * np.minimum(1, longest / np.maximum(length, 1e-30))
+            if not (length > 1e-13).any():
+                break
         with np.errstate(invalid="ignore"):
             good = np.linalg.norm(self.distort(guess) - xy, axis=-1) < 1e-7 * (1 + np.linalg.norm(xy, axis=-1))
             good &= np.linalg.norm(guess, axis=-1) <= bound * 1.001

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import cv2
 import numpy as np
@@ -17,7 +18,9 @@ from prismfield.render.cameras import Cameras
 MAX_TANGENT = math.tan(math.radians(60.0))
 """Half the widest field of view of a target, 120 degrees: pinhole pixels towards a hemisphere's rim grow without bound."""
 _MAX_GROWTH = 2.0  # longest target side over the source's, as in COLMAP's undistorter
-_BORDER_SAMPLES = 256
+_KEEP_SIZE = 0.05  # relative change of a side up to which a target keeps the source's size
+_STRIP = 64  # rows mapped at once, so that the double-precision intermediates stay small
+_BORDER_SAMPLES = 65  # a side; odd, so that the middle is one of them
 
 
 @dataclass(frozen=True)
@@ -58,20 +61,29 @@ def lens_of(camera: Cameras) -> Lens:
 def pinhole_target(camera: Cameras) -> Cameras:
     """The pinhole camera that a distorted one is resampled to.
 
-    Pose and focal lengths stay, so that the centre keeps its resolution; the image becomes the largest rectangle around
-    the principal point in which every pixel is covered by the source (COLMAP's `blank_pixels = 0`), up to 120 degrees wide.
+    It sees the largest rectangle around the principal point that the source covers (COLMAP's `blank_pixels = 0`), up to 120
+    degrees wide, at the source's focal lengths, so that the centre keeps its resolution. Where that changes the size of the
+    image by no more than 5 %, the size stays instead and the focal lengths give way.
     """
     if camera.model == "pinhole":
         return camera
     K = camera.Ks[0].double().numpy()
-    low, high = _inner_bounds(lens_of(camera), K, camera.width, camera.height)
     focal = np.array([K[0, 0], K[1, 1]])
-    size = np.maximum(np.floor((high - low) * focal + 1e-6), 1.0)
-    growth = np.minimum(_MAX_GROWTH * np.array([camera.width, camera.height]) / size, 1.0).min()
-    size = np.maximum(np.floor(size * growth), 1.0)
-    focal = size / (high - low) if growth < 1 else focal
+    bounds = _inner_bounds(lens_of(camera), (*focal.tolist(), *K[:2, 2].tolist()), camera.width, camera.height)
+    low, high = np.array(bounds[:2]), np.array(bounds[2:])
+    source_size = np.array([camera.width, camera.height], np.float64)
+    extent = (high - low) * focal
+    if np.abs(extent / source_size - 1).max() <= _KEEP_SIZE:
+        size = source_size
+        focal = size / (high - low)
+    else:
+        shrunk = min(1.0, float((_MAX_GROWTH * source_size / extent).min()))
+        focal = focal * shrunk
+        size = np.maximum(np.floor(extent * shrunk + 1e-6), 1.0)
     center = -low * focal + (size - (high - low) * focal) / 2
-    target = torch.tensor([[focal[0], 0.0, center[0]], [0.0, focal[1], center[1]], [0.0, 0.0, 1.0]], dtype=camera.Ks.dtype)
+    target = torch.tensor(
+        [[focal[0], 0.0, center[0]], [0.0, focal[1], center[1]], [0.0, 0.0, 1.0]], dtype=camera.Ks.dtype
+    )
     return replace(camera, Ks=target[None], width=int(size[0]), height=int(size[1]), model="pinhole", distortion=None)
 
 
@@ -82,35 +94,41 @@ def undistortion(camera: Cameras) -> Undistortion:
     K, K_target = camera.Ks[0].double().numpy(), target.Ks[0].double().numpy()
     x = (np.arange(target.width) + 0.5 - K_target[0, 2]) / K_target[0, 0]
     y = (np.arange(target.height) + 0.5 - K_target[1, 2]) / K_target[1, 1]
-    xy = np.stack(np.broadcast_arrays(x[None, :], y[:, None]), -1)
-    source = lens.distort(xy)
-    u = source[..., 0] * K[0, 0] + K[0, 2]
-    v = source[..., 1] * K[1, 1] + K[1, 2]
-    with np.errstate(invalid="ignore"):
-        valid = (u >= 0) & (u <= camera.width) & (v >= 0) & (v <= camera.height)
-    reach = float(np.hypot(np.abs(x).max(), np.abs(y).max())) * 1.01
-    valid &= np.hypot(xy[..., 0], xy[..., 1]) <= lens.max_radius(reach)
-    # OpenCV counts from pixel centres; NaN would be undefined behaviour in its integer conversion
-    map_x = np.nan_to_num(u - 0.5, nan=-1e4, posinf=-1e4, neginf=-1e4).clip(-1e4, 1e5).astype(np.float32)
-    map_y = np.nan_to_num(v - 0.5, nan=-1e4, posinf=-1e4, neginf=-1e4).clip(-1e4, 1e5).astype(np.float32)
-    return Undistortion(target, map_x, map_y, None if valid.all() else valid)
+    reach = lens.max_radius(1.01 * float(np.hypot(np.abs(x).max(), np.abs(y).max())))
+    map_x, map_y = (np.empty((target.height, target.width), np.float32) for _ in range(2))
+    mask = np.empty((target.height, target.width), bool)
+    for top in range(0, target.height, _STRIP):
+        rows = slice(top, top + _STRIP)
+        xy = np.stack(np.broadcast_arrays(x[None, :], y[rows, None]), -1)
+        u, v = np.moveaxis(lens.distort(xy) * (K[0, 0], K[1, 1]) + K[:2, 2], -1, 0)
+        with np.errstate(invalid="ignore"):
+            mask[rows] = (u >= 0) & (u <= camera.width) & (v >= 0) & (v <= camera.height)
+        mask[rows] &= np.hypot(xy[..., 0], xy[..., 1]) <= reach
+        # OpenCV counts from pixel centres; what it cannot represent is masked anyway
+        map_x[rows] = np.where(mask[rows], u - 0.5, -1)
+        map_y[rows] = np.where(mask[rows], v - 0.5, -1)
+    return Undistortion(target, map_x, map_y, None if mask.all() else mask)
 
 
-def _inner_bounds(lens: Lens, K: NDArray, width: int, height: int) -> tuple[NDArray, NDArray]:
-    """Least and greatest undistorted (x, y) of a rectangle inside the image of the source's border."""
-    t = (np.arange(_BORDER_SAMPLES) + 0.5) / _BORDER_SAMPLES
-
-    def undistorted(u: NDArray, v: NDArray) -> NDArray:
-        pixels = np.stack(np.broadcast_arrays(u, v), -1)
-        return lens.undistort((pixels - K[:2, 2]) / np.array([K[0, 0], K[1, 1]]))
+@lru_cache(256)
+def _inner_bounds(
+    lens: Lens, intrinsics: tuple[float, ...], width: int, height: int
+) -> tuple[float, float, float, float]:
+    """Least x and y and greatest x and y, undistorted, of a rectangle inside the image of the source's border."""
+    fx, fy, cx, cy = intrinsics
+    t = np.linspace(0, 1, _BORDER_SAMPLES)
+    sides = [(0.0, t * height), (float(width), t * height), (t * width, 0.0), (t * width, float(height))]
+    border = np.stack([np.stack(np.broadcast_arrays(u, v), -1) for u, v in sides])
+    rays = lens.undistort((border - (cx, cy)) / (fx, fy))
+    limit = lens.max_radius(MAX_TANGENT)
 
     def nearest(values: NDArray) -> float:
-        """Distance of the border from the axis, where it is seen at all."""
-        known = values[np.isfinite(values)]
-        return float(min(known.min(), MAX_TANGENT)) if len(known) else MAX_TANGENT
+        """Distance of a side from the axis; the limit where the lens shows less than the whole side."""
+        return float(np.nanmin(np.append(values, limit)))
 
-    left = nearest(-undistorted(np.zeros(1), t * height)[..., 0])
-    right = nearest(undistorted(np.full(1, float(width)), t * height)[..., 0])
-    top = nearest(-undistorted(t * width, np.zeros(1))[..., 1])
-    bottom = nearest(undistorted(t * width, np.full(1, float(height)))[..., 1])
-    return np.array([-left, -top]), np.array([right, bottom])
+    return (
+        -nearest(-rays[0, :, 0]),
+        -nearest(-rays[2, :, 1]),
+        nearest(rays[1, :, 0]),
+        nearest(rays[3, :, 1]),
+    )

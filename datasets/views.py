@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import overload
 
+import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -21,6 +22,8 @@ from prismfield.datasets.undistort import Undistortion, pinhole_target, undistor
 from prismfield.render.cameras import Cameras
 
 _COMPRESSED_SHARE = 0.5  # of the byte budget, for files kept in memory while their decoded images do not all fit
+
+_MAPS = 4  # undistortion maps kept; one is larger than the image it serves
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,9 @@ class Views(Sequence[View]):
     budget keeps image files as they are on disk, so that decoding again does not read again.
     """
 
-    def __init__(self, frames: list[Frame], *, downscale: int = 1, byte_budget: int = 2 << 30, scale: float = 1.0) -> None:
+    def __init__(
+        self, frames: list[Frame], *, downscale: int = 1, byte_budget: int = 2 << 30, scale: float = 1.0
+    ) -> None:
         """Nothing is decoded yet.
 
         Args:
@@ -71,7 +76,7 @@ class Views(Sequence[View]):
         self._scale = scale
         self._sources = [_source(frame, downscale) for frame in frames]
         self._targets = [_target(source) for source in self._sources]
-        self._undistortions: dict[tuple, Undistortion] = {}
+        self._undistortions: OrderedDict[tuple, Undistortion] = OrderedDict()
         self._lock = threading.Lock()
         self._decoded: OrderedDict[int, View] = OrderedDict()
         self._decoding: dict[int, Future[View]] = {}
@@ -218,15 +223,19 @@ class Views(Sequence[View]):
         )
 
     def _undistortion(self, camera: Cameras) -> Undistortion:
-        """The resampling for a camera, computed once for all frames with its intrinsics."""
+        """The resampling for a camera, computed once for all frames with its intrinsics, at least for the latest few."""
         assert camera.distortion is not None
-        key = (camera.model, camera.width, camera.height, *camera.Ks.flatten().tolist(), *camera.distortion.flatten().tolist())
+        intrinsics = torch.cat([camera.Ks.flatten(), camera.distortion.flatten()]).tolist()
+        key = (camera.model, camera.width, camera.height, *intrinsics)
         with self._lock:
             known = self._undistortions.get(key)
         if known is None:
             known = undistortion(camera)
-            with self._lock:
-                self._undistortions[key] = known
+        with self._lock:
+            self._undistortions[key] = known
+            self._undistortions.move_to_end(key)
+            if len(self._undistortions) > _MAPS:
+                self._undistortions.popitem(last=False)
         return known
 
 
@@ -268,7 +277,9 @@ def _target(source: _Source) -> Cameras:
     camera = pinhole_target(source.camera)
     width, height = camera.width // source.factor, camera.height // source.factor
     if width < 1 or height < 1:
-        raise ValueError(f"downscale {source.factor}: nothing would be left of {source.path.name} ({camera.width}x{camera.height})")
+        raise ValueError(
+            f"downscale {source.factor}: nothing would be left of {source.path.name} ({camera.width}x{camera.height})"
+        )
     scale = torch.tensor([1 / source.factor, 1 / source.factor, 1.0], dtype=camera.Ks.dtype)
     return replace(camera, Ks=camera.Ks * scale[:, None], width=width, height=height)
 
@@ -292,8 +303,6 @@ def _shrink_mask(mask: NDArray[np.bool_], size: tuple[int, int]) -> NDArray[np.b
     """The mask at the size of a smaller copy of the image; a pixel counts if all that it covers do."""
     if (mask.shape[1], mask.shape[0]) == size:
         return mask
-    import cv2
-
     return cv2.resize(mask.astype(np.float32), size, interpolation=cv2.INTER_AREA) > 0.999
 
 
@@ -301,8 +310,6 @@ def _shrink_depth(depth: NDArray[np.float32], size: tuple[int, int]) -> NDArray[
     """Mean of the known depths that each pixel covers."""
     if (depth.shape[1], depth.shape[0]) == size:
         return depth
-    import cv2
-
     factor = depth.shape[1] // size[0], depth.shape[0] // size[1]
     depth = depth[: size[1] * factor[1], : size[0] * factor[0]]
     known = cv2.resize((depth > 0).astype(np.float32), size, interpolation=cv2.INTER_AREA)
