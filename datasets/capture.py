@@ -156,10 +156,14 @@ def _rigid(name: str, camtoworld: NDArray[np.float64]) -> NDArray[np.float64]:
         raise ValueError(f"{name}: pose: expected finite numbers, got NaN or infinity")
     rotation = camtoworld[:3, :3]
     if np.linalg.det(rotation) < 0:
-        raise ValueError(f"{name}: pose: expected a rotation, got a mirrored one (determinant {np.linalg.det(rotation):.3g})")
+        raise ValueError(
+            f"{name}: pose: expected a rotation, got a mirrored one (determinant {np.linalg.det(rotation):.3g})"
+        )
     excess = np.abs(rotation.T @ rotation - np.eye(3)).max()
     if excess > _RIGID_TOLERANCE:
-        raise ValueError(f"{name}: pose: expected a rotation, got a matrix that is off by {excess:.2g} (scaled or sheared)")
+        raise ValueError(
+            f"{name}: pose: expected a rotation, got a matrix that is off by {excess:.2g} (scaled or sheared)"
+        )
     u, _, vt = np.linalg.svd(rotation)
     pose = np.eye(4)
     pose[:3, :3], pose[:3, 3] = u @ vt, camtoworld[:3, 3]

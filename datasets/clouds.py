@@ -8,8 +8,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 _TYPES = {
-    "char": "i1", "int8": "i1", "uchar": "u1", "uint8": "u1", "short": "i2", "int16": "i2", "ushort": "u2", "uint16": "u2",
-    "int": "i4", "int32": "i4", "uint": "u4", "uint32": "u4", "float": "f4", "float32": "f4", "double": "f8", "float64": "f8",
+    "char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2", "int": "i4", "uint": "u4",
+    "int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2", "int32": "i4", "uint32": "u4",
+    "float": "f4", "float32": "f4", "double": "f8", "float64": "f8",
 }  # fmt: skip
 _LONGEST_HEADER = 1 << 16
 
@@ -30,7 +31,9 @@ def read_cloud(path: Path) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
     if style == "ascii":
         rows = data[body:].split(b"\n")[:count]
         try:
-            values = np.array([[float(word) for word in row.split()[: len(fields)]] for row in rows], np.float64).reshape(-1, len(fields))
+            values = np.array(
+                [[float(word) for word in row.split()[: len(fields)]] for row in rows], np.float64
+            ).reshape(-1, len(fields))
         except ValueError as error:
             raise ValueError(f"{path}: a vertex is not {len(fields)} numbers") from error
         columns = {name: values[:, i] for i, (name, _) in enumerate(fields)}
@@ -78,7 +81,9 @@ def _colors(columns: dict[str, NDArray], kinds: dict[str, str], count: int) -> N
     return np.nan_to_num(rgb / peak * 255.0 + 0.5).clip(0, 255).astype(np.uint8)
 
 
-def clean_cloud(xyz: NDArray[np.float64], rgb: NDArray[np.uint8]) -> tuple[NDArray[np.float64], NDArray[np.uint8], list[str]]:
+def clean_cloud(
+    xyz: NDArray[np.float64], rgb: NDArray[np.uint8]
+) -> tuple[NDArray[np.float64], NDArray[np.uint8], list[str]]:
     """The cloud without points that are not finite and without repeated positions, and sentences on what went."""
     sentences = []
     finite = np.isfinite(xyz).all(1)

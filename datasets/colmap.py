@@ -14,39 +14,50 @@ from numpy.typing import NDArray
 
 from prismfield.datasets.capture import CameraSpec, Capture, Notes, image_infos, make_frame, name_some
 from prismfield.datasets.images import EXTENSIONS
-from prismfield.datasets.lens import Lens
+from prismfield.datasets.lens import LENSES, Lens
 
 _SUBFOLDERS = ("sparse/0", "sparse", "colmap/sparse/0", "colmap/sparse", "")
 
-# name: (id in binary files, number of parameters); ids as in COLMAP's src/colmap/sensor/models.h
-_MODELS: dict[str, tuple[int, int]] = {
-    "SIMPLE_PINHOLE": (0, 3),
-    "PINHOLE": (1, 4),
-    "SIMPLE_RADIAL": (2, 4),
-    "RADIAL": (3, 5),
-    "OPENCV": (4, 8),
-    "OPENCV_FISHEYE": (5, 8),
-    "FULL_OPENCV": (6, 12),
-    "FOV": (7, 5),
-    "SIMPLE_RADIAL_FISHEYE": (8, 4),
-    "RADIAL_FISHEYE": (9, 5),
-    "THIN_PRISM_FISHEYE": (10, 12),
-    "RAD_TAN_THIN_PRISM_FISHEYE": (11, 16),
-    "SIMPLE_DIVISION": (12, 4),
-    "DIVISION": (13, 5),
-    "SIMPLE_FISHEYE": (14, 3),
-    "FISHEYE": (15, 4),
-    "EUCM": (16, 6),
+
+@dataclass(frozen=True)
+class _Model:
+    """A camera model: its id in binary files, and what its parameters are."""
+
+    number: int
+    focals: int
+    """1: one focal length for both axes. The principal point follows, then the lens."""
+    lens: str
+    """A name in `lens.LENSES` or "pinhole"."""
+    coefficients: int
+    """How many follow; the lens's remaining ones are zero."""
+
+    @property
+    def params(self) -> int:
+        """Numbers stored for a camera."""
+        return self.focals + 2 + self.coefficients
+
+
+# ids as in COLMAP's src/colmap/sensor/models.h
+_MODELS = {
+    "SIMPLE_PINHOLE": _Model(0, 1, "pinhole", 0),
+    "PINHOLE": _Model(1, 2, "pinhole", 0),
+    "SIMPLE_RADIAL": _Model(2, 1, "opencv", 1),
+    "RADIAL": _Model(3, 1, "opencv", 2),
+    "OPENCV": _Model(4, 2, "opencv", 4),
+    "OPENCV_FISHEYE": _Model(5, 2, "fisheye", 4),
+    "FULL_OPENCV": _Model(6, 2, "opencv", 8),
+    "FOV": _Model(7, 2, "fov", 1),
+    "SIMPLE_RADIAL_FISHEYE": _Model(8, 1, "fisheye", 1),
+    "RADIAL_FISHEYE": _Model(9, 1, "fisheye", 2),
+    "THIN_PRISM_FISHEYE": _Model(10, 2, "thin_prism_fisheye", 8),
+    "RAD_TAN_THIN_PRISM_FISHEYE": _Model(11, 2, "rad_tan_thin_prism_fisheye", 12),
+    "SIMPLE_DIVISION": _Model(12, 1, "division", 1),
+    "DIVISION": _Model(13, 2, "division", 1),
+    "SIMPLE_FISHEYE": _Model(14, 1, "fisheye", 0),
+    "FISHEYE": _Model(15, 2, "fisheye", 0),
+    "EUCM": _Model(16, 2, "eucm", 2),
 }
-_BY_ID = {number: name for name, (number, _) in _MODELS.items()}
-_ONE_FOCAL = ("SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL", "SIMPLE_RADIAL_FISHEYE", "RADIAL_FISHEYE", "SIMPLE_DIVISION", "SIMPLE_FISHEYE")  # fmt: skip
-_LENS_OF = {
-    "SIMPLE_RADIAL": "opencv", "RADIAL": "opencv", "OPENCV": "opencv", "FULL_OPENCV": "opencv",
-    "SIMPLE_FISHEYE": "fisheye", "FISHEYE": "fisheye", "SIMPLE_RADIAL_FISHEYE": "fisheye", "RADIAL_FISHEYE": "fisheye", "OPENCV_FISHEYE": "fisheye",
-    "SIMPLE_DIVISION": "division", "DIVISION": "division", "FOV": "fov", "EUCM": "eucm",
-    "THIN_PRISM_FISHEYE": "thin_prism_fisheye", "RAD_TAN_THIN_PRISM_FISHEYE": "rad_tan_thin_prism_fisheye",
-}  # fmt: skip
-_LENS_SIZES = {"opencv": 8, "fisheye": 4}  # shorter parameter lists are padded with zeros
+_BY_ID = {model.number: name for name, model in _MODELS.items()}
 
 
 @dataclass(frozen=True)
@@ -87,7 +98,9 @@ def find_model(root: Path) -> Path | None:
     for subfolder in _SUBFOLDERS:
         folder = root / subfolder
         if _is_model(folder):
-            siblings = [f for f in folder.parent.iterdir() if f.name.isdigit() and _is_model(f)] if folder.name == "0" else []
+            siblings = (
+                [f for f in folder.parent.iterdir() if f.name.isdigit() and _is_model(f)] if folder.name == "0" else []
+            )
             return max(siblings, key=lambda f: (_image_count(f), f.name == "0"), default=folder)
     return None
 
@@ -119,9 +132,15 @@ def read_colmap(root: Path) -> Capture:
     if not model.images:
         raise ValueError(f"{folder}: the reconstruction has no registered images")
     notes = Notes()
-    others = [f.name for f in folder.parent.iterdir() if folder.name.isdigit() and f.name.isdigit() and f != folder and _is_model(f)]
+    others = [
+        f.name
+        for f in folder.parent.iterdir()
+        if folder.name.isdigit() and f.name.isdigit() and f != folder and _is_model(f)
+    ]
     if others:
-        notes.say(f"the project has {len(others) + 1} reconstructions; {folder.name} with {len(model.images)} images is used")
+        notes.say(
+            f"the project has {len(others) + 1} reconstructions; {folder.name} with {len(model.images)} images is used"
+        )
     images = root / "images" if (root / "images").is_dir() else root
     infos = image_infos({image.name: images / image.name for image in model.images}, images)
     specs = {number: _spec(number, camera) for number, camera in model.cameras.items()}
@@ -151,7 +170,10 @@ def _camtoworld(image: ColmapImage) -> NDArray[np.float64]:
     quat = np.asarray(image.quat)
     norm = float(np.linalg.norm(quat))
     if not (np.isfinite(norm) and abs(norm - 1) < 1e-2 and np.isfinite(image.translation).all()):
-        raise ValueError(f"{image.name}: pose: expected a unit quaternion and a finite translation, got {image.quat}, {image.translation}")
+        raise ValueError(
+            f"{image.name}: pose: expected a unit quaternion and a finite translation, "
+            f"got {image.quat}, {image.translation}"
+        )
     w, x, y, z = quat / norm
     rotation = np.array(
         [
@@ -167,27 +189,25 @@ def _camtoworld(image: ColmapImage) -> NDArray[np.float64]:
 
 
 def _spec(number: int, camera: ColmapCamera) -> CameraSpec:
-    """Intrinsics of a camera; the lens parameters follow focal lengths and principal point in every model."""
-    focals = 1 if camera.model in _ONE_FOCAL else 2
-    params = camera.params
-    lens_params = params[focals + 2 :]
-    name = _LENS_OF.get(camera.model)
-    if name is not None and np.isfinite(lens_params).all():
-        lens = Lens(name, lens_params + (0.0,) * (_LENS_SIZES.get(name, 0) - len(lens_params)))
-        if name == "opencv" and not any(lens.coefficients):
-            lens = Lens("pinhole")
-    elif name is None:
+    """Intrinsics of a camera."""
+    model, params = _MODELS[camera.model], camera.params
+    if not np.isfinite(params).all():
+        raise ValueError(f"camera {number} ({camera.model}): expected finite parameters, got {params}")
+    if model.lens == "pinhole" or (model.lens == "opencv" and not any(params[model.focals + 2 :])):
         lens = Lens("pinhole")
     else:
-        raise ValueError(f"camera {number} ({camera.model}): expected finite parameters, got {params}")
-    return CameraSpec(params[0], params[focals - 1], params[focals], params[focals + 1], lens, (camera.width, camera.height))
+        padding = (0.0,) * (LENSES[model.lens][0] - model.coefficients)
+        lens = Lens(model.lens, params[model.focals + 2 :] + padding)
+    cx, cy = params[model.focals : model.focals + 2]
+    return CameraSpec(params[0], params[model.focals - 1], cx, cy, lens, (camera.width, camera.height))
 
 
 def read_model(folder: Path) -> ColmapModel:
     """Cameras, registered images and points of a reconstruction, binary files before text ones.
 
     Raises:
-        ValueError: a file is truncated or not in COLMAP's format; nothing is allocated by a count that the file cannot hold.
+        ValueError: a file is truncated or not in COLMAP's format. Counts are checked against the file's size
+            before anything is allocated.
     """
     binary = (folder / "cameras.bin").is_file() and (folder / "images.bin").is_file()
     if binary:
@@ -232,7 +252,9 @@ class _Reader:
         self.at += size
 
     def truncated(self) -> ValueError:
-        return ValueError(f"{self.path}: truncated or damaged: {len(self.data)} bytes are fewer than its counts ask for")
+        return ValueError(
+            f"{self.path}: truncated or damaged: {len(self.data)} bytes are fewer than its counts ask for"
+        )
 
 
 _U64 = struct.Struct("<Q")
@@ -249,9 +271,11 @@ def _binary_cameras(path: Path) -> dict[int, ColmapCamera]:
     for _ in range(reader.count(_CAMERA.size)):
         number, model_id, width, height = reader.take(_CAMERA)
         if model_id not in _BY_ID:
-            raise ValueError(f"{path}: camera {number}: camera model {model_id} is not supported (known: {', '.join(_MODELS)})")
+            raise ValueError(
+                f"{path}: camera {number}: camera model {model_id} is not supported (known: {', '.join(_MODELS)})"
+            )
         model = _BY_ID[model_id]
-        params = reader.take(struct.Struct(f"<{_MODELS[model][1]}d"))
+        params = reader.take(struct.Struct(f"<{_MODELS[model].params}d"))
         cameras[number] = _camera(path, number, ColmapCamera(model, width, height, params))
     return cameras
 
@@ -301,14 +325,18 @@ def _text_cameras(path: Path) -> dict[int, ColmapCamera]:
             raise ValueError(f"{path}: not a camera: {line[:60]!r}")
         number, model = words[0], words[1]
         if model not in _MODELS:
-            raise ValueError(f"{path}: camera {number}: camera model {model} is not supported (known: {', '.join(_MODELS)})")
+            raise ValueError(
+                f"{path}: camera {number}: camera model {model} is not supported (known: {', '.join(_MODELS)})"
+            )
         try:
             params = tuple(float(word) for word in words[4:])
             camera = ColmapCamera(model, int(words[2]), int(words[3]), params)
         except ValueError:
             raise ValueError(f"{path}: not a camera: {line[:60]!r}") from None
-        if len(params) != _MODELS[model][1]:
-            raise ValueError(f"{path}: camera {number}: {model} has {_MODELS[model][1]} parameters, got {len(params)}")
+        if len(params) != _MODELS[model].params:
+            raise ValueError(
+                f"{path}: camera {number}: {model} has {_MODELS[model].params} parameters, got {len(params)}"
+            )
         cameras[int(number)] = _camera(path, int(number), camera)
     return cameras
 

@@ -1,4 +1,4 @@
-"""The visual hull of an object photographed before a transparent background: where every camera sees something opaque."""
+"""The visual hull of an object before a transparent background: where every camera sees something opaque."""
 
 from __future__ import annotations
 
@@ -64,11 +64,11 @@ def hull_points(views: Views, aabb: NDArray, count: int, seed: int) -> tuple[Arr
         # enough cells, or cells already finer than pixels
         if len(surface) >= count / 2 or len(surface) == 0 or _pixels(cells, silhouettes[0], size) < 1:
             break
-        corners = np.stack(np.meshgrid(*[np.float32((-0.25, 0.25))] * 3, indexing="ij"), -1).reshape(1, 8, 3)
+        corners = np.stack(np.meshgrid(*[(-0.25, 0.25)] * 3, indexing="ij"), -1).reshape(1, 8, 3).astype(np.float32)
         cells = (cells[depth_inside >= -1][:, None] + corners * size).reshape(-1, 3)
         size = size / 2
     if len(surface) == 0:
-        return np.empty((0, 3)), np.empty((0, 3), np.uint8)
+        return surface, np.empty((0, 3), np.uint8)
     picked = random.choice(len(surface), count, replace=len(surface) < count)
     xyz = surface[picked] + (random.random((count, 3), np.float32) - 0.5) * size
     return xyz, _shade(xyz, silhouettes, 2 * float(np.linalg.norm(size)))

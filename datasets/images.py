@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def _png_depth(path: Path) -> int:
     return head[24] if head[:8] == b"\x89PNG\r\n\x1a\n" and len(head) > 24 else 8
 
 
-def decode(path: Path, data: bytes | None = None) -> NDArray[np.uint8] | NDArray[np.float32]:
+def decode(path: Path, data: bytes | None = None) -> NDArray:
     """Pixels of an image file, as they are stored: EXIF rotation is ignored, as COLMAP ignores it.
 
     Args:
@@ -158,14 +159,16 @@ def shrink(pixels: NDArray, factor: int) -> NDArray:
         return pixels
     height, width = pixels.shape[0] // factor, pixels.shape[1] // factor
     if width < 1 or height < 1:
-        raise ValueError(f"downscale {factor}: nothing would be left of an image of {pixels.shape[1]}x{pixels.shape[0]}")
+        raise ValueError(
+            f"downscale {factor}: nothing would be left of an image of {pixels.shape[1]}x{pixels.shape[0]}"
+        )
     pixels = pixels[: height * factor, : width * factor]
     if pixels.ndim == 2 or pixels.shape[2] != 4:
         return cv2.resize(pixels, (width, height), interpolation=cv2.INTER_AREA)
     return map_straight_alpha(pixels, lambda x: cv2.resize(x, (width, height), interpolation=cv2.INTER_AREA))
 
 
-def map_straight_alpha(pixels: NDArray, resample) -> NDArray:  # noqa: ANN001
+def map_straight_alpha(pixels: NDArray, resample: Callable[[NDArray], NDArray]) -> NDArray:
     """Apply `resample` to [H, W, 4] straight-alpha pixels with their colours weighted by alpha."""
     peak = 255.0 if pixels.dtype == np.uint8 else 1.0
     full = pixels.astype(np.float32)
@@ -199,7 +202,9 @@ def _decode_exr(path: Path) -> NDArray[np.float32]:
         return srgb_encode(rgb).astype(np.float32)
     alpha = np.clip(alpha, 0.0, 1.0)
     straight = rgb / np.maximum(alpha, 1e-6)[..., None]  # OpenEXR stores premultiplied colours
-    return np.concatenate([srgb_encode(np.where(alpha[..., None] > 0, straight, 0.0)), alpha[..., None]], -1).astype(np.float32)
+    return np.concatenate([srgb_encode(np.where(alpha[..., None] > 0, straight, 0.0)), alpha[..., None]], -1).astype(
+        np.float32
+    )
 
 
 def _exr_channels(path: Path, *, header_only: bool = False) -> tuple[list[str], NDArray[np.float32]]:

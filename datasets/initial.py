@@ -31,11 +31,11 @@ def initial_points(data: SceneData, count: int, seed: int, method: Method = "aut
         data: the scene.
         count: how many points are made. The capture's own cloud comes whole, however large.
         seed: of whatever is drawn.
-        method: "cloud": the capture's own. "triangulate": matches between neighbouring images (`datasets/triangulate.py`), at
-            most `count`. "random": on the surface of the visual hull (`datasets/hull.py`) for images with alpha, else along
-            the rays of random pixels, in whose colours, uniformly in inverse depth from half to four times the
-            distance of the scene's centre. "auto": the cloud if there is one; else for images with alpha "random"; else
-            "triangulate", filled up with "random".
+        method: "cloud": the capture's own. "triangulate": matches between neighbouring images
+            (`datasets/triangulate.py`), at most `count`. "random": on the surface of the visual hull
+            (`datasets/hull.py`) for images with alpha, else along the rays of random pixels, whose colours they take,
+            uniformly in inverse depth from half to four times the distance of the scene's centre. "auto": the cloud if
+            there is one; else for images with alpha "random"; else "triangulate", filled up with "random".
 
     Raises:
         ValueError: `count` is not positive, or "cloud" was asked for and there is none.
@@ -60,7 +60,7 @@ def initial_points(data: SceneData, count: int, seed: int, method: Method = "aut
     return _points(xyz, rgb)
 
 
-def _points(xyz: NDArray[np.float64], rgb: NDArray[np.uint8]) -> Points:
+def _points(xyz: NDArray[np.floating], rgb: NDArray[np.uint8]) -> Points:
     return Points(torch.from_numpy(xyz).float(), torch.from_numpy(rgb).float() / 255)
 
 
@@ -70,15 +70,15 @@ def _working_views(data: SceneData) -> Views:
     return Views(data.train, downscale=max(1, round(max(camera.width, camera.height) / _WORKING_SIZE)))
 
 
-def _random(data: SceneData, views: Views, count: int, seed: int) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
+def _random(data: SceneData, views: Views, count: int, seed: int) -> tuple[NDArray[np.floating], NDArray[np.uint8]]:
     if data.background is not None:
-        xyz, rgb = hull_points(views, data.aabb.double().numpy(), count, seed)
-        if len(xyz):
-            return xyz, rgb
+        found = hull_points(views, data.aabb.numpy(), count, seed)
+        if len(found[0]):
+            return found
     return _along_rays(views, count, seed)
 
 
-def _along_rays(views: Views, count: int, seed: int) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
+def _along_rays(views: Views, count: int, seed: int) -> tuple[NDArray[np.floating], NDArray[np.uint8]]:
     """Points at random depths behind random pixels, in their colours; pixels that do not count are not drawn."""
     random = np.random.default_rng(seed)
     chosen = np.unique(np.linspace(0, len(views) - 1, min(_RANDOM_VIEWS, len(views))).round().astype(int))

@@ -154,7 +154,8 @@ class Lens:
     def undistort(self, xy: Array, limit: float = 60.0) -> Array:
         """[..., 2] distorted to undistorted normalised coordinates, the inverse of `distort`.
 
-        Newton's method, started by bisection along the radius; NaN where no ray within `max_radius(limit)` lands on the point.
+        Newton's method, started by bisection along the radius; NaN where no ray within `max_radius(limit)`
+        lands on the point.
         """
         if self.model == "pinhole":
             return xy.copy()

@@ -14,10 +14,10 @@ _WORST_CONDITION = 1e-3  # of the axes' normal matrix: below, they are parallel 
 def estimate_frame(frames: list[Frame]) -> SceneFrame:
     """The scene frame of cameras given in the user's frame.
 
-    The centre is the point nearest to all optical axes (least sum of distances, so that a few stray views do not pull it)
-    when the cameras look inwards, that is when it lies before at least three quarters of them; otherwise it is the mean of the
-    camera centres. The scale makes the mean distance of the cameras from the centre 1. Up is the mean of the cameras' -y axes,
-    refined to the normal of their x axes when these span a plane (level cameras all round).
+    The centre is the point nearest to all optical axes (least sum of distances, so that a few stray views do not pull
+    it) when the cameras look inwards, that is when it lies before at least three quarters of them; otherwise it is the
+    mean of the camera centres. The scale makes the mean distance of the cameras from the centre 1. Up is the mean of
+    the cameras' -y axes, refined to the normal of their x axes when these span a plane (level cameras all round).
     """
     centers, axes, ups, rights = _poses(frames)
     center = _focus(centers, axes)
@@ -26,7 +26,9 @@ def estimate_frame(frames: list[Frame]) -> SceneFrame:
     distance = float(np.linalg.norm(centers - center, axis=1).mean())
     scale = 1.0 / distance if distance > 1e-9 else 1.0
     up = _up(ups, rights)
-    return SceneFrame((float(center[0]), float(center[1]), float(center[2])), scale, (float(up[0]), float(up[1]), float(up[2])))
+    return SceneFrame(
+        (float(center[0]), float(center[1]), float(center[2])), scale, (float(up[0]), float(up[1]), float(up[2]))
+    )
 
 
 def looks_inwards(frames: list[Frame]) -> bool:
@@ -39,8 +41,8 @@ def estimate_aabb(frames: list[Frame], xyz: NDArray[np.float64] | None, *, objec
     """Bounds [2, 3] of the content, in the frame of the cameras.
 
     With points: their 1st to 99th percentile on each axis, a tenth wider on each side. Without: for objects before a
-    transparent background the cube that every camera sees around the common point; else the box around the middle of the
-    frusta, up to twice the distance of the common point.
+    transparent background the cube that every camera sees around the common point; else the box around the middle of
+    the frusta, up to twice the distance of the common point.
     """
     if xyz is not None and len(xyz) >= 10:
         low, high = np.percentile(xyz, [1, 99], axis=0)
@@ -52,7 +54,10 @@ def estimate_aabb(frames: list[Frame], xyz: NDArray[np.float64] | None, *, objec
     distances = np.linalg.norm(centers - middle, axis=1)
     reach = max(float(np.median(distances)), 1e-6)
     if focus is not None and object_only:
-        tangents = [max(f.camera.width / float(f.camera.Ks[0, 0, 0]), f.camera.height / float(f.camera.Ks[0, 1, 1])) / 2 for f in frames]
+        tangents = [
+            max(f.camera.width / float(f.camera.Ks[0, 0, 0]), f.camera.height / float(f.camera.Ks[0, 1, 1])) / 2
+            for f in frames
+        ]
         half = reach * float(np.median(tangents))
         return np.stack([middle - half, middle + half])
     corners = np.concatenate([_frustum(frame, (0.5 * reach, 2.0 * reach)) for frame in frames])
@@ -63,8 +68,8 @@ def estimate_aabb(frames: list[Frame], xyz: NDArray[np.float64] | None, *, objec
 def depth_range(frames: list[Frame], aabb: NDArray[np.float64], xyz: NDArray[np.float64] | None) -> tuple[float, float]:
     """Nearest and farthest camera z of the content, in the frame of the cameras.
 
-    With points: 1st and 99th percentile of the depths at which cameras see them, widened by a quarter. Without: from the
-    distances to the common point, as far as the bounds reach.
+    With points: 1st and 99th percentile of the depths at which cameras see them, widened by a quarter. Without: from
+    the distances to the middle of the bounds, as far as these reach.
     """
     if xyz is not None and len(xyz) >= 10:
         some = xyz[:: max(1, len(xyz) // 5000)]

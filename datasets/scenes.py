@@ -55,12 +55,16 @@ def load_scene(scene: str, *, eval_every_nth: int | None = None) -> SceneData:
         for sentence in sentences:
             notes.say(sentence)
         if len(xyz):
-            points = Points(scene_frame.points_to_scene(torch.from_numpy(xyz)).float(), torch.from_numpy(rgb).float() / 255)
+            points = Points(
+                scene_frame.points_to_scene(torch.from_numpy(xyz)).float(), torch.from_numpy(rgb).float() / 255
+            )
         else:
             notes.say("the point cloud has no usable points")
     train = [_to_scene(frame, scene_frame) for frame in train]
     test = [_to_scene(frame, scene_frame) for frame in test]
-    bounds = estimate_aabb(train, None if points is None else points.xyz.double().numpy(), object_only=capture.has_alpha)
+    bounds = estimate_aabb(
+        train, None if points is None else points.xyz.double().numpy(), object_only=capture.has_alpha
+    )
     return SceneData(
         name=root.resolve().name,
         root=root,
@@ -92,7 +96,10 @@ def find_scene(scene: str) -> Path:
     if scene in BUNDLED and is_transforms(bundled):
         log.info(BUNDLED[scene])
         return bundled
-    raise FileNotFoundError(f"scene {scene!r}: no such path or name (known: {', '.join(known_scenes()) or 'none'}; $PRISMFIELD_DATA is {data or 'not set'})")
+    raise FileNotFoundError(
+        f"scene {scene!r}: no such path or name (known names: {', '.join(known_scenes()) or 'none'}; "
+        f"$PRISMFIELD_DATA is {data or 'not set'})"
+    )
 
 
 def known_scenes() -> list[str]:
@@ -106,7 +113,7 @@ def known_scenes() -> list[str]:
 
 
 def _read(path: Path) -> Capture:
-    """Read with the reader that fits. COLMAP comes first: its projects hold points, and often transforms.json beside them."""
+    """Read with the reader that fits. COLMAP comes first: it brings points, and often has transforms.json beside it."""
     if path.is_file():
         if path.suffix != ".json":
             raise ValueError(f"{path}: expected a folder or a transforms.json")
@@ -117,7 +124,9 @@ def _read(path: Path) -> Capture:
         return read_transforms(path)
     files = sorted(entry.name for entry in path.iterdir())
     found = f"found {', '.join(files[:5])}{', ...' if len(files) > 5 else ''}" if files else "the folder is empty"
-    raise FileNotFoundError(f"{path}: no capture: expected transforms.json, transforms_train.json or sparse/0/cameras.bin; {found}")
+    raise FileNotFoundError(
+        f"{path}: no capture: expected transforms.json, transforms_train.json or sparse/0/cameras.bin; {found}"
+    )
 
 
 def _split(capture: Capture, nth: int | None) -> tuple[list[Frame], list[Frame], str]:
@@ -144,4 +153,3 @@ def _to_scene(frame: Frame, scene_frame: SceneFrame) -> Frame:
     distortion = None if camera.distortion is None else camera.distortion.float()
     moved = Cameras(viewmats.float(), camera.Ks.float(), camera.width, camera.height, camera.model, distortion)
     return replace(frame, camera=moved)
-

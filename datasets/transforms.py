@@ -23,10 +23,9 @@ from prismfield.datasets.lens import Lens
 
 _OPENGL_TO_OPENCV = np.diag([1.0, -1.0, -1.0, 1.0])
 _CLOUDS = ("points3D.ply", "sparse_pc.ply")
-_PERSPECTIVE = (
-    "OPENCV PINHOLE SIMPLE_PINHOLE SIMPLE_RADIAL RADIAL FULL_OPENCV PERSPECTIVE".split()
-)  # all are cases of OpenCV's rational model; what a file does not state is zero
-_FISHEYE = "OPENCV_FISHEYE FISHEYE SIMPLE_FISHEYE SIMPLE_RADIAL_FISHEYE RADIAL_FISHEYE".split()
+# all are cases of OpenCV's rational model; what a file does not state is zero
+_PERSPECTIVE = ("OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "SIMPLE_RADIAL", "RADIAL", "FULL_OPENCV", "PERSPECTIVE")
+_FISHEYE = ("OPENCV_FISHEYE", "FISHEYE", "SIMPLE_FISHEYE", "SIMPLE_RADIAL_FISHEYE", "RADIAL_FISHEYE")
 
 
 def is_transforms(root: Path) -> bool:
@@ -37,8 +36,8 @@ def is_transforms(root: Path) -> bool:
 def read_transforms(path: Path) -> Capture:
     """Read a folder, or one `transforms*.json`.
 
-    `transforms_train.json` and `transforms_test.json` (else `_val`) beside `transforms.json` are the split; else nerfstudio's
-    `train_filenames` and `test_filenames` (else `val_filenames`).
+    `transforms_train.json` and `transforms_test.json` (else `_val`) beside `transforms.json` are the split; else
+    nerfstudio's `train_filenames` and `test_filenames` (else `val_filenames`).
 
     Raises:
         FileNotFoundError: the file, or images that it names, are missing.
@@ -49,19 +48,26 @@ def read_transforms(path: Path) -> Capture:
     named_by_user = path.is_file() and path.name not in ("transforms.json", "transforms_train.json")
     train_file = root / "transforms_train.json"
     if train_file.is_file() and not named_by_user:
-        test_file = next((root / f"transforms_{s}.json" for s in ("test", "val") if (root / f"transforms_{s}.json").is_file()), None)
+        test_file = next(
+            (root / f"transforms_{s}.json" for s in ("test", "val") if (root / f"transforms_{s}.json").is_file()), None
+        )
         tables = [_load(train_file)] + ([_load(test_file)] if test_file else [])
         entries = [(table, entry) for table in tables for entry in _entries(table, root)]
         in_train = len(_entries(tables[0], root))
         keys = {_key(entry) for _, entry in entries[:in_train]}
         leaked = [_key(entry) for _, entry in entries[in_train:] if _key(entry) in keys]
         if leaked:
-            raise ValueError(f"{root}: transforms_train.json and {test_file.name if test_file else ''} share {leaked[0]!r}")
+            raise ValueError(
+                f"{root}: transforms_train.json and {test_file.name if test_file else ''} share {leaked[0]!r}"
+            )
         return _read(root, main if main.is_file() else train_file, entries, in_train if test_file else None)
     table = _load(main)
     entries = [(table, entry) for entry in _entries(table, root)]
     if "train_filenames" in table:
-        train, test = set(table["train_filenames"]), set(table.get("test_filenames") or table.get("val_filenames") or [])
+        train, test = (
+            set(table["train_filenames"]),
+            set(table.get("test_filenames") or table.get("val_filenames") or []),
+        )
         ordered = [e for e in entries if _key(e[1]) in train]
         count = len(ordered)
         ordered += [e for e in entries if _key(e[1]) in test - train]
@@ -94,11 +100,15 @@ def _key(entry: dict[str, Any]) -> str:
     return str(entry["file_path"])
 
 
-def _read(root: Path, main: Path, entries: list[tuple[dict[str, Any], dict[str, Any]]], in_train: int | None) -> Capture:
+def _read(
+    root: Path, main: Path, entries: list[tuple[dict[str, Any], dict[str, Any]]], in_train: int | None
+) -> Capture:
     notes = Notes()
     paths = {_key(entry): find_image(root / _key(entry)) for _, entry in entries}
     if len(paths) < len(entries):
-        notes.say(f"{len(entries) - len(paths)} frames name an image that another frame has named; the first of each is kept")
+        notes.say(
+            f"{len(entries) - len(paths)} frames name an image that another frame has named; the first of each is kept"
+        )
     infos = image_infos(paths, root)
     files = {key: path for key, path in paths.items() if path is not None}
     names = _short_names(files, root)
@@ -129,8 +139,10 @@ def _read(root: Path, main: Path, entries: list[tuple[dict[str, Any], dict[str, 
 
 def _short_names(files: dict[str, Path], root: Path) -> dict[str, str]:
     """Paths relative to the deepest folder that holds all images."""
-    relative = {key: PurePosixPath(path.relative_to(root).as_posix()) if path.is_relative_to(root) else PurePosixPath(path.as_posix())
-                for key, path in files.items()}  # fmt: skip
+    relative = {
+        key: PurePosixPath((path.relative_to(root) if path.is_relative_to(root) else path).as_posix())
+        for key, path in files.items()
+    }
     parents = [path.parent.parts for path in relative.values()]
     shared = 0
     while all(len(parts) > shared and parts[shared] == parents[0][shared] for parts in parents):
@@ -211,7 +223,8 @@ def _focal(name: str, values: Mapping[str, Any], axis: str, pixels: int) -> floa
 
 def _lens(name: str, values: Mapping[str, Any]) -> Lens:
     model = str(values.get("camera_model", "OPENCV_FISHEYE" if values.get("is_fisheye") else "OPENCV")).upper()
-    k1, k2, k3, k4, k5, k6, p1, p2 = (float(_number(name, values, k, 0.0)) for k in "k1 k2 k3 k4 k5 k6 p1 p2".split())
+    names = ("k1", "k2", "k3", "k4", "k5", "k6", "p1", "p2")
+    k1, k2, k3, k4, k5, k6, p1, p2 = (float(_number(name, values, key, 0.0)) for key in names)
     if model in _FISHEYE:
         if p1 or p2:
             return Lens("thin_prism_fisheye", (k1, k2, p1, p2, k3, k4, 0.0, 0.0))

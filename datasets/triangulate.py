@@ -1,8 +1,8 @@
 """A dense cloud from the posed images themselves: optical flow between neighbouring views, triangulated and checked.
 
-The cameras are known, so a match must lie on its epipolar line, survive the way back, and be seen under a wide enough angle;
-what passes is triangulated. Starting from such points instead of growing them is the idea of EDGS (arXiv:2504.13204), here with
-DIS optical flow (arXiv:1603.03590) in place of a learned matcher.
+The cameras are known, so a match must lie on its epipolar line, survive the way back, and be seen under a wide enough
+angle; what passes is triangulated. Starting from such points instead of growing them is the idea of EDGS
+(arXiv:2504.13204), here with DIS optical flow (arXiv:1603.03590) in place of a learned matcher.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _EDGE_WEIGHT = 4.0  # how much likelier a pixel on a strong edge is drawn than o
 class _Shot:
     """What is needed of a view."""
 
-    grey: NDArray[np.uint8]
+    grey: NDArray
     rgb: NDArray[np.uint8]
     usable: NDArray[np.bool_] | None
     K: Array
@@ -56,7 +56,7 @@ def triangulate(views: Views, count: int, seed: int) -> tuple[Array, NDArray[np.
         seed: of the choice of pixels.
 
     Returns:
-        Positions [P, 3] in the scene frame and colours [P, 3]; fewer than `count`, down to none, where views share little.
+        Positions [P, 3] in the scene frame and colours [P, 3]; fewer than `count`, or none, where views share little.
     """
     random = np.random.default_rng(seed)
     chosen = np.unique(np.linspace(0, len(views) - 1, min(_REFERENCES, len(views))).round().astype(int))
@@ -112,15 +112,15 @@ def _pair(
     """Points that two views agree on, drawn from the pixels of the first."""
     if first.grey.shape != second.grey.shape:
         return np.empty((0, 3)), np.empty((0, 3), np.uint8)
-    forth = flow.calc(first.grey, second.grey, None)
-    back = flow.calc(second.grey, first.grey, None)
+    forth = flow.calc(first.grey, second.grey, None)  # type: ignore[call-overload]  # None: no flow to start from
+    back = flow.calc(second.grey, first.grey, None)  # type: ignore[call-overload]
     rows, columns = _draw(first, share, random)
     shift = forth[rows, columns]
     landed = np.stack([columns, rows], -1).astype(np.float32) + shift
     outside = (1e6, 1e6)
-    returned = cv2.remap(
-        back, landed[None], None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_CONSTANT, borderValue=outside
-    )[0]
+    border = cv2.BORDER_CONSTANT
+    x, y = landed[None, :, 0], landed[None, :, 1]
+    returned = cv2.remap(back, x, y, cv2.INTER_LINEAR, borderMode=border, borderValue=outside)[0]
     good = np.linalg.norm(shift + returned, axis=1) < _RETURN_ERROR
     rows, columns, landed = rows[good], columns[good], landed[good]
     start = np.stack([columns, rows], -1) + 0.5
@@ -144,7 +144,7 @@ def _draw(shot: _Shot, share: int, random: np.random.Generator) -> tuple[NDArray
 
 
 def _meet(first: _Shot, second: _Shot, start: Array, end: Array) -> tuple[Array, NDArray[np.bool_]]:
-    """Where the rays through matching positions come closest, on the first one, and whether the match can be trusted."""
+    """Where rays through matching positions come closest, on the first one, and whether to trust the match."""
     rays, others = first.rays(start), second.rays(end)
     baseline = second.center - first.center
     # epipolar line in the second view: the plane of the baseline and the ray

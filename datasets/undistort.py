@@ -16,7 +16,7 @@ from prismfield.datasets.lens import Lens
 from prismfield.render.cameras import Cameras
 
 MAX_TANGENT = math.tan(math.radians(60.0))
-"""Half the widest field of view of a target, 120 degrees: pinhole pixels towards a hemisphere's rim grow without bound."""
+"""Tangent of half a target's widest field of view, 120 degrees: beyond, a pinhole image grows without bound."""
 _MAX_GROWTH = 2.0  # longest target side over the source's, as in COLMAP's undistorter
 _KEEP_SIZE = 0.05  # relative change of a side up to which a target keeps the source's size
 _STRIP = 64  # rows mapped at once, so that the double-precision intermediates stay small
@@ -36,7 +36,7 @@ class Undistortion:
     """[H, W], True where the source covers the pixel; None: everywhere."""
 
     def apply(self, pixels: NDArray) -> NDArray:
-        """Resample [H, W] or [H, W, channels] bilinearly, as COLMAP's undistorter does; a fourth channel is straight alpha."""
+        """Resample [H, W] or [H, W, channels] bilinearly, as COLMAP does; a fourth channel is straight alpha."""
         if pixels.ndim == 3 and pixels.shape[2] == 4:
             return map_straight_alpha(pixels, self._remap)
         return self._remap(pixels)
@@ -61,9 +61,9 @@ def lens_of(camera: Cameras) -> Lens:
 def pinhole_target(camera: Cameras) -> Cameras:
     """The pinhole camera that a distorted one is resampled to.
 
-    It sees the largest rectangle around the principal point that the source covers (COLMAP's `blank_pixels = 0`), up to 120
-    degrees wide, at the source's focal lengths, so that the centre keeps its resolution. Where that changes the size of the
-    image by no more than 5 %, the size stays instead and the focal lengths give way.
+    It sees the largest rectangle around the principal point that the source covers (COLMAP's `blank_pixels = 0`), up
+    to 120 degrees wide, at the source's focal lengths, so that the centre keeps its resolution. Where that changes the
+    size of the image by no more than 5 %, the size stays instead and the focal lengths give way.
     """
     if camera.model == "pinhole":
         return camera
@@ -117,8 +117,9 @@ def _inner_bounds(
     """Least x and y and greatest x and y, undistorted, of a rectangle inside the image of the source's border."""
     fx, fy, cx, cy = intrinsics
     t = np.linspace(0, 1, _BORDER_SAMPLES)
-    sides = [(0.0, t * height), (float(width), t * height), (t * width, 0.0), (t * width, float(height))]
-    border = np.stack([np.stack(np.broadcast_arrays(u, v), -1) for u, v in sides])
+    zero = np.zeros_like(t)
+    sides = [(zero, t * height), (zero + width, t * height), (t * width, zero), (t * width, zero + height)]
+    border = np.stack([np.stack(side, -1) for side in sides])
     rays = lens.undistort((border - (cx, cy)) / (fx, fy))
     limit = lens.max_radius(MAX_TANGENT)
 

@@ -22,7 +22,6 @@ from prismfield.datasets.undistort import Undistortion, pinhole_target, undistor
 from prismfield.render.cameras import Cameras
 
 _COMPRESSED_SHARE = 0.5  # of the byte budget, for files kept in memory while their decoded images do not all fit
-
 _MAPS = 4  # undistortion maps kept; one is larger than the image it serves
 
 
@@ -62,8 +61,8 @@ class Views(Sequence[View]):
 
         Args:
             frames: what to show.
-            downscale: shrink by this factor: take `images_<N>/` beside the image folder where it has the file at that size,
-                else average N x N pixels.
+            downscale: shrink by this factor: take `images_<N>/` beside the image folder where it has the file at that
+                size, else average N x N pixels.
             byte_budget: memory for decoded and compressed images together.
             scale: scene units per user unit (`SceneFrame.scale`), applied to depth files.
 
@@ -223,7 +222,7 @@ class Views(Sequence[View]):
         )
 
     def _undistortion(self, camera: Cameras) -> Undistortion:
-        """The resampling for a camera, computed once for all frames with its intrinsics, at least for the latest few."""
+        """The resampling for a camera, computed once for all frames with its intrinsics (the last few of them)."""
         assert camera.distortion is not None
         intrinsics = torch.cat([camera.Ks.flatten(), camera.distortion.flatten()]).tolist()
         key = (camera.model, camera.width, camera.height, *intrinsics)
@@ -273,7 +272,7 @@ def _shrunk_copy(frame: Frame, downscale: int) -> Path | None:
 
 
 def _target(source: _Source) -> Cameras:
-    """The pinhole camera after undistortion and shrinking; leftover rows and columns are cut, so K scales by exactly 1/N."""
+    """The pinhole camera after undistortion and shrinking; leftover rows and columns are cut, K scales by 1/N."""
     camera = pinhole_target(source.camera)
     width, height = camera.width // source.factor, camera.height // source.factor
     if width < 1 or height < 1:
