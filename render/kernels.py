@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+from importlib.util import find_spec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,28 +16,71 @@ from torch import Tensor
 log = logging.getLogger("prismfield")
 
 LEVELS = ("v4", "v3", "v2")
-"""x86-64 feature levels, best first: AVX-512, AVX2, SSE4.2."""
+"""x86-64 feature levels, best first: AVX-512, AVX2, SSE4.2. Other processors have one portable build without a level."""
 
 
-def _load() -> tuple[Any, str]:
-    """The kernel module (or None) and one line that says which it is and why."""
-    wanted = os.environ.get("PRISMFIELD_KERNELS", "")
+def load_kernels(wanted: str) -> tuple[Any, str]:
+    """The kernel module (or None) and one line that says which it is and why.
+
+    Args:
+        wanted: what $PRISMFIELD_KERNELS says: "" for the best, "reference" for none, or one of `LEVELS`.
+
+    Raises:
+        ValueError: `wanted` is no such word, or this installation or processor does not have that level.
+    """
+    if wanted not in ("", "reference", *LEVELS):
+        raise ValueError(f"PRISMFIELD_KERNELS={wanted}: expected reference or one of {', '.join(LEVELS)}")
     if wanted == "reference":
         return None, "reference (PRISMFIELD_KERNELS=reference)"
-    for level in (wanted,) if wanted else LEVELS:
-        try:
-            module = importlib.import_module(f"prismfield._kernels_{level}")
-        except ImportError:
-            continue
-        module.keep_freed_memory()
-        return module, f"C++ x86-64-{level}"
-    return None, "reference: no compiled kernels in this installation; install a C++20 compiler and run pip install again"
+    built = [level for level in LEVELS if find_spec(f"prismfield._kernels_{level}")]
+    try:
+        if not built and not wanted and find_spec("prismfield._kernels"):
+            return _import("_kernels"), "C++ portable"
+        # The lowest level there is tells what the processor can run: importing a higher one could already be illegal
+        supported = _import(f"_kernels_{built[-1]}").cpu_level() if built else 0
+        usable = [level for level in built if int(level[1:]) <= supported]
+        if wanted and wanted not in usable:
+            reason = f"the processor supports x86-64-v{supported}" if wanted in built else "this installation has no such build"
+            raise ValueError(f"PRISMFIELD_KERNELS={wanted}: {reason}; usable: {', '.join(['reference', *usable])}")
+        if usable:
+            level = wanted or usable[0]
+            return _import(f"_kernels_{level}"), f"C++ x86-64-{level}"
+        reason = "this processor is older than x86-64-v2" if built else _why_missing()
+    except ImportError as error:
+        reason = f"the C++ kernels cannot be loaded ({error})"
+    return None, f"slow reference instead of the C++ kernels: {reason}"
+
+
+def _import(name: str) -> Any:
+    module = importlib.import_module(f"prismfield.{name}")
+    module.keep_freed_memory()
+    return module
+
+
+def _why_missing() -> str:
+    """What the build wrote down when it went without the kernels (CMakeLists.txt), and what to do about it."""
+    package = find_spec("prismfield")
+    folders = package.submodule_search_locations if package is not None else None
+    for folder in folders or ():
+        note = Path(folder) / "_kernels_missing.txt"
+        if note.is_file():
+            return f"{note.read_text().strip()}; mend that and run pip install --force-reinstall --no-deps again"
+    return "this installation has none; install with pip, with a C++20 compiler at hand"
 
 
 kernels: ModuleType | Any
-kernels, description = _load()
+kernels, description = load_kernels(os.environ.get("PRISMFIELD_KERNELS", ""))
+_told = False
+enabled = True
+"""False: run the references even where kernels are at hand."""
 
 
 def use_kernel(tensor: Tensor) -> bool:
-    """Whether a compiled kernel takes this tensor; otherwise the caller runs the reference."""
-    return kernels is not None and tensor.device.type == "cpu" and tensor.dtype == torch.float32
+    """Whether a compiled kernel takes this tensor; otherwise the caller runs the reference, and the first one says why."""
+    global _told
+    if not enabled or tensor.device.type != "cpu" or tensor.dtype != torch.float32:
+        return False
+    if kernels is None and not _told:
+        _told = True
+        log.warning(description)
+    return kernels is not None

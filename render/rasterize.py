@@ -7,6 +7,7 @@ from collections.abc import Collection
 import torch
 from torch import Tensor
 
+from prismfield.render import backends
 from prismfield.render.cameras import Cameras
 from prismfield.render.checks import check_shapes
 from prismfield.render.ops.bin import bin_primitives
@@ -89,6 +90,9 @@ def rasterize_gaussians(
         ValueError: a shape does not fit or the cameras have lens distortion.
     """
     check_shapes(means=(means, "N 3"), sh0=(sh[0], "N 1 3"), shN=(sh[1], "N K 3"))
+    if backends.current() == "gsplat":
+        gaussians = (means, quats, scales, opacities)
+        return backends.rasterize_with_gsplat(gaussians, sh, cameras, background, sh_degree, antialiased, extras)
     size = (cameras.width, cameras.height)
     screen = project(means, quats, scales, opacities, cameras.viewmats, cameras.Ks, size, antialiased=antialiased)
     rgbs = sh_colors(*sh, means, cameras.viewmats, screen[2], sh_degree)

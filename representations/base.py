@@ -46,7 +46,8 @@ class Representation(Protocol):
         ...
 
     def param_groups(self) -> list[dict[str, Any]]:
-        """One group a parameter: `name`, `params`, `lr`, and `lr_final` where the rate decays over the training."""
+        """One group a parameter: `name`, `params`, `lr`; `lr_final` where the rate decays over the training, `every` where
+        the parameter is updated only each so many steps."""
         ...
 
     def tensors(self) -> dict[str, Tensor]:

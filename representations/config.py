@@ -27,6 +27,8 @@ class GaussiansConfig:
     opacity_logits_lr: float = 5e-2
     sh0_lr: float = 2.5e-3
     shN_lr: float = 1.25e-4
+    shN_every: int = 4
+    """Steps between updates of `shN`, by far the most memory of all that a step touches."""
 
     def sh_degree_at(self, progress: float) -> int:
         """Harmonics in use at `progress` in 0..1."""

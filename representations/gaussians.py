@@ -164,6 +164,8 @@ class Gaussians(nn.Module):
         for group in groups:
             if group["name"] == "means":
                 group["lr_final"] = self.config.means_lr_final
+            if group["name"] == "shN":
+                group["every"] = self.config.shN_every
         return groups
 
     def tensors(self) -> dict[str, Tensor]:

@@ -3,6 +3,7 @@
 #if defined(__GLIBC__)
 #include <malloc.h>
 #endif
+#include "cpu.h"
 #include "parallel.h"
 
 namespace {
@@ -19,6 +20,7 @@ void keep_freed_memory() {
 }  // namespace
 
 NB_MODULE(PF_MODULE, m) {
+  m.def("cpu_level", &pf::cpu_level);
   m.def("keep_freed_memory", &keep_freed_memory);
   m.def("set_num_threads", &pf::set_num_threads);
   m.def("num_threads", &pf::num_threads);

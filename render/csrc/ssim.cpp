@@ -1,8 +1,11 @@
 // The photometric loss (1 - w) L1 + w (1 - SSIM) and its gradient image, in one call.
 //
-// SSIM needs the blurred sums s = a + b and differences d = a - b, and their squares: four images instead of five, because only
-// a^2 + b^2 and ab occur. Blurs are separable. Rows pass through a ring of eleven horizontally blurred ones, so that a strip's
-// working set stays in the second-level cache. Channels are interleaved: a tap k pixels away is k * channels floats away.
+// With s = a + b - 1 and d = a - b, blurred to S and D, and the variances P of s and Q of d under the window, SSIM is
+// (1 - D^2 / B1) (1 - Q / B2) where B1 = ((S + 1)^2 + D^2) / 2 + C1 and B2 = (P + Q) / 2 + C2. So four blurs suffice
+// instead of five, and nothing cancels where the images are alike.
+//
+// Images are cut into blocks whose working set fits the second-level cache. Blurs are separable: down the columns first, four
+// rows of results at a time, then along the rows. Channels are interleaved: a pixel k away is k * channels floats away.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -14,204 +17,219 @@
 namespace pf {
 namespace {
 
+using Bytes = nb::ndarray<uint8_t, nb::c_contig, nb::device::cpu>;
+
 constexpr int kRadius = 5, kTaps = 2 * kRadius + 1;
-constexpr float kSigma = 1.5f, kC1 = 0.01f * 0.01f, kC2 = 0.03f * 0.03f;
+constexpr float kWindow[kTaps] = {  // Gaussian, sigma 1.5 pixels, sum 1
+    0.001028380084f, 0.007598758135f, 0.03600077213f, 0.1093606895f,  0.2130055377f,  0.2660117249f,
+    0.2130055377f,   0.1093606895f,   0.03600077213f, 0.007598758135f, 0.001028380084f};
+constexpr float kC1 = 0.01f * 0.01f, kC2 = 0.03f * 0.03f;
+constexpr int kGroup = 4;                            // rows of results that are blurred together
+constexpr int kBlockRows = 16, kBlockFloats = 512;   // a multiple of kGroup, of W
 
-struct Window {
-  float taps[kTaps];
-  Window() {
-    float total = 0.f;
-    for (int k = 0; k < kTaps; k++) total += taps[k] = std::exp(-(k - kRadius) * (k - kRadius) / (2 * kSigma * kSigma));
-    for (float &tap : taps) tap /= total;
-  }
-};
-const Window kWindow;
+constexpr int whole_vectors(int count) { return (count + W - 1) / W * W; }
 
-struct Images {
+// One image of a batch, with everything that is not there or does not count read as zero.
+struct Image {
   const float *a, *b_floats;
   const uint8_t *b_bytes;  // one of the two b's is null
   const bool *mask;        // null: every pixel counts
   int height, width, channels;
 
-  int length() const { return width * channels; }                           // floats in a row
-  int padded() const { return (length() + W - 1) / W * W; }                 // ... as whole vectors
-  int halo() const { return (kRadius * channels + W - 1) / W * W; }         // zeros on either side
-  int room() const { return padded() + 2 * halo(); }
+  int length() const { return width * channels; }
 
-  // Row y of both images, zero outside the mask and outside the image.
-  void load_row(int y, float *a_row, float *b_row) const {
-    const size_t at = static_cast<size_t>(y) * length();
-    std::copy_n(a + at, length(), a_row);
-    if (b_floats) std::copy_n(b_floats + at, length(), b_row);
+  // `count` floats (whole vectors) of row y from `first` on, and 1 where they count.
+  void read(int y, int first, int count, float *a_row, float *b_row, float *counts) const {
+    const int skip = std::clamp(-first, 0, count), last = y < 0 || y >= height ? skip : std::clamp(length() - first, skip, count);
+    std::fill(a_row, a_row + skip, 0.f), std::fill(b_row, b_row + skip, 0.f), std::fill(counts, counts + skip, 0.f);
+    std::fill(a_row + last, a_row + count, 0.f), std::fill(b_row + last, b_row + count, 0.f);
+    std::fill(counts + last, counts + count, 0.f);
+    if (last == skip) return;
+    const size_t at = static_cast<size_t>(y) * length() + first;
+    std::copy(a + at + skip, a + at + last, a_row + skip);
+    if (b_floats) std::copy(b_floats + at + skip, b_floats + at + last, b_row + skip);
     else
-      for (int i = 0; i < length(); i++) b_row[i] = b_bytes[at + i] * (1.f / 255.f);
-    std::fill(a_row + length(), a_row + padded(), 0.f);
-    std::fill(b_row + length(), b_row + padded(), 0.f);
+      for (int i = skip; i < last; i++) b_row[i] = b_bytes[at + i] * (1.f / 255.f);
+    std::fill(counts + skip, counts + last, 1.f);
     if (!mask) return;
-    for (int x = 0; x < width; x++)
-      if (!mask[static_cast<size_t>(y) * width + x])
-        for (int c = 0; c < channels; c++) a_row[x * channels + c] = b_row[x * channels + c] = 0.f;
+    const bool *pixel = mask + static_cast<size_t>(y) * width + (first + skip) / channels;
+    for (int i = skip, channel = (first + skip) % channels; i < last; pixel++, channel = 0)
+      for (const float one = *pixel; channel < channels && i < last; channel++, i++) counts[i] = one;
+    for (int i = 0; i < count; i += W) {
+      const vm counted = lt(vf{}, load(counts + i));
+      store(a_row + i, keep(counted, load(a_row + i))), store(b_row + i, keep(counted, load(b_row + i)));
+    }
   }
 };
 
-// Blurs a row that has `halo` zeros on either side.
-void blur_row(const float *row, int length, int channels, float *out) {
-  for (int i = 0; i < length; i += W) {
-    vf total = kWindow.taps[0] * load(row + i - kRadius * channels);
-    for (int k = 1; k < kTaps; k++) total += kWindow.taps[k] * load(row + i + (k - kRadius) * channels);
-    store(out + i, total);
+// Rectangle of an image, columns counted in floats; `columns` is whole vectors and may reach past the image.
+struct Block {
+  int y, x, rows, columns;
+};
+
+// How an image is cut, and where its derivatives lie: with a margin of zeros as wide as the window reaches.
+struct Layout {
+  int height, length, strips, tiles, tile, halo, pitch;
+
+  explicit Layout(const Image &image)
+      : height(image.height), length(image.length()), strips((height + kBlockRows - 1) / kBlockRows),
+        tiles((length + kBlockFloats - 1) / kBlockFloats), tile(whole_vectors((length + tiles - 1) / tiles)),
+        halo(whole_vectors(kRadius * image.channels)), pitch(tile * tiles + 2 * halo) {}
+
+  int blocks() const { return strips * tiles; }
+  Block block(int index) const {
+    const int y = index / tiles * kBlockRows;
+    return {y, index % tiles * tile, std::min(kBlockRows, height - y), tile};
   }
+  size_t map_size() const { return static_cast<size_t>(strips * kBlockRows + 2 * kRadius) * pitch; }
+  // Where pixel row y and float x of a map lie.
+  size_t at(int y, int x) const { return static_cast<size_t>(y + kRadius) * pitch + halo + x; }
+  void clear_margins(float *map) const {
+    std::fill(map, map + at(0, 0), 0.f);
+    for (int y = 0; y < height; y++) {
+      std::fill_n(map + at(y, -halo), halo, 0.f);
+      std::fill_n(map + at(y, tile * tiles), halo, 0.f);
+    }
+    std::fill(map + at(height, -halo), map + map_size(), 0.f);
+  }
+};
+
+// Blurs the rows y .. y + kGroup - 1 of `Fields` images and hands sink(row, i, blurred) their `columns` results, the first `rows`.
+// `fields` point `halo` floats left of the first result in row y - kRadius; `temporary` has Fields * kGroup rows.
+template <int Fields, class Sink>
+PF_INLINE void blur_group(const float *const *fields, int pitch, int columns, int halo, int channels, int rows,
+                          float *temporary, Sink &&sink) {
+  const int room = columns + 2 * halo;
+  for (int f = 0; f < Fields; f++)
+    for (int i = 0; i < room; i += W) {
+      const float *p = fields[f] + i;
+      vf total[kGroup] = {};
+#pragma GCC unroll 16
+      for (int k = 0; k < kTaps + kGroup - 1; k++) {
+        const vf row = load(p + static_cast<ptrdiff_t>(k) * pitch);
+#pragma GCC unroll 4
+        for (int g = 0; g < kGroup; g++)
+          if (k >= g && k - g < kTaps) total[g] += kWindow[k - g] * row;
+      }
+      for (int g = 0; g < kGroup; g++) store(temporary + static_cast<ptrdiff_t>(f * kGroup + g) * room + i, total[g]);
+    }
+  for (int g = 0; g < rows; g++)
+    for (int i = 0; i < columns; i += W) {
+      vf blurred[Fields];
+      for (int f = 0; f < Fields; f++) {
+        const float *p = temporary + static_cast<ptrdiff_t>(f * kGroup + g) * room + halo + i - kRadius * channels;
+        vf total{};
+#pragma GCC unroll 11
+        for (int k = 0; k < kTaps; k++) total += kWindow[k] * load(p + k * channels);
+        blurred[f] = total;
+      }
+      sink(g, i, blurred);
+    }
 }
-
-// Eleven rows of each of `Fields` images, addressed by row number.
-template <int Fields>
-class Ring {
- public:
-  explicit Ring(int length) : length_(length), memory_(static_cast<size_t>(Fields) * kTaps * length, 0.f) {}
-  float *row(int field, int y) { return memory_.data() + (static_cast<size_t>(field) * kTaps + (y + kTaps) % kTaps) * length_; }
-  PF_INLINE vf blurred(const float *const *rows, int i) const {
-    vf total = kWindow.taps[0] * load(rows[0] + i);
-    for (int k = 1; k < kTaps; k++) total += kWindow.taps[k] * load(rows[k] + i);
-    return total;
-  }
-  // The rows y - 5 .. y + 5 of a field.
-  void around(int field, int y, const float **rows) {
-    for (int k = 0; k < kTaps; k++) rows[k] = row(field, y + k - kRadius);
-  }
-  void clear(int y) {
-    for (int field = 0; field < Fields; field++) std::fill_n(row(field, y), length_, 0.f);
-  }
-
- private:
-  int length_;
-  std::vector<float> memory_;
-};
 
 struct Sums {
   double l1 = 0, ssim = 0;
 };
 
-// First pass over rows [begin, end): the two sums, and the derivatives of SSIM to the blurred a, a^2 and ab.
-Sums first_pass(const Images &in, int begin, int end, float *v_mean, float *v_square, float *v_product) {
-  const int length = in.length(), padded = in.padded(), halo = in.halo();
-  std::vector<float> memory(4 * static_cast<size_t>(in.room()), 0.f);
-  std::vector<float> a_row(padded), b_row(padded);
-  float *fields[4];
-  for (int f = 0; f < 4; f++) fields[f] = memory.data() + static_cast<size_t>(f) * in.room() + halo;
-  Ring<4> ring(padded);
-  Sums sums;
-  for (int y = begin - kRadius; y < end + kRadius; y++) {
-    if (y < 0 || y >= in.height) {
-      ring.clear(y);
-    } else {
-      in.load_row(y, a_row.data(), b_row.data());
-      float l1 = 0.f;
-      for (int i = 0; i < padded; i += W) {
-        const vf a = load(&a_row[i]), b = load(&b_row[i]), s = a + b, d = a - b;
-        store(fields[0] + i, s), store(fields[1] + i, d), store(fields[2] + i, s * s), store(fields[3] + i, d * d);
-        l1 += sum(abs(d));
-      }
-      if (y >= begin && y < end) sums.l1 += l1;
-      for (int f = 0; f < 4; f++) blur_row(fields[f], padded, in.channels, ring.row(f, y));
-    }
-    const int done = y - kRadius;
-    if (done < begin) continue;
-    const float *rows[4][kTaps];
-    for (int f = 0; f < 4; f++) ring.around(f, done, rows[f]);
-    const size_t at = static_cast<size_t>(done) * padded;
-    float ssim = 0.f;
-    for (int i = 0; i < padded; i += W) {
-      const vf s = ring.blurred(rows[0], i), d = ring.blurred(rows[1], i);
-      const vf ss = ring.blurred(rows[2], i), dd = ring.blurred(rows[3], i);
-      const vf mean_a = 0.5f * (s + d), mean_b = 0.5f * (s - d);
-      const vf product = 0.25f * (s * s - d * d), squares = 0.5f * (s * s + d * d);  // of the means
-      const vf A1 = 2.f * product + kC1, A2 = 2.f * (0.25f * (ss - dd) - product) + kC2;
-      const vf B1 = squares + kC1, B2 = (0.5f * (ss + dd) - squares) + kC2;
-      const vf inverse = 1.f / (B1 * B2), map = A1 * A2 * inverse;
-      const vf to_product = 2.f * A1 * inverse, to_square = -map / B2;
-      const vf to_mean = 2.f * mean_b * (A2 - A1) * inverse - 2.f * mean_a * map * (1.f / B1 - 1.f / B2);
-      store(v_mean + at + i, to_mean), store(v_square + at + i, to_square), store(v_product + at + i, to_product);
-      float lanes[W];
-      store(lanes, map);
-      for (int lane = 0; lane < W && i + lane < length; lane++) {
-        const bool counts = !in.mask || in.mask[static_cast<size_t>(done) * in.width + (i + lane) / in.channels];
-        if (counts) ssim += lanes[lane];
-        else v_mean[at + i + lane] = v_square[at + i + lane] = v_product[at + i + lane] = 0.f;
-      }
-      for (int lane = std::max(0, length - i); lane < W; lane++)
-        v_mean[at + i + lane] = v_square[at + i + lane] = v_product[at + i + lane] = 0.f;
-    }
-    sums.ssim += ssim;
-  }
-  return sums;
+// SSIM around W pixels, and its derivatives to S + D (through the means), to the blurred s^2 and to the blurred d^2.
+PF_INLINE vf similarity(const vf *blurred, vf &v_means, vf &v_ss, vf &v_dd) {
+  const vf S = blurred[0], D = blurred[1], M = S + 1.f, DD = D * D;
+  const vf P = max(blurred[2] - S * S, vf{}), Q = max(blurred[3] - DD, vf{});
+  const vf B1 = 0.5f * (M * M + DD) + kC1, B2 = 0.5f * (P + Q) + kC2, inverse = reciprocal(B1 * B2);
+  const vf inverse1 = inverse * B2, inverse2 = inverse * B1;
+  const vf luminance = 1.f - DD * inverse1, structure = 1.f - Q * inverse2;
+  v_ss = 0.5f * luminance * Q * inverse2 * inverse2;
+  v_dd = v_ss - luminance * inverse2;
+  v_means = structure * (D * inverse1 * (D * inverse1 * (M + D) - 2.f)) - 2.f * (S * v_ss + D * v_dd);
+  return luminance * structure;
 }
 
-// Second pass: blurs the three derivatives back and writes the gradient of the loss to a.
-void second_pass(const Images &in, int begin, int end, const float *const *derivatives, float l1_scale, float ssim_scale,
-                 float *gradient) {
-  const int length = in.length(), padded = in.padded(), halo = in.halo();
-  std::vector<float> memory(static_cast<size_t>(in.room()), 0.f), a_row(padded), b_row(padded), out(padded);
-  float *row = memory.data() + halo;
-  Ring<3> ring(padded);
-  for (int y = begin - kRadius; y < end + kRadius; y++) {
-    if (y < 0 || y >= in.height) {
-      ring.clear(y);
-    } else {
-      for (int f = 0; f < 3; f++) {
-        std::copy_n(derivatives[f] + static_cast<size_t>(y) * padded, padded, row);
-        blur_row(row, padded, in.channels, ring.row(f, y));
-      }
-    }
-    const int done = y - kRadius;
-    if (done < begin) continue;
-    in.load_row(done, a_row.data(), b_row.data());
-    const float *rows[3][kTaps];
-    for (int f = 0; f < 3; f++) ring.around(f, done, rows[f]);
-    for (int i = 0; i < padded; i += W) {
-      const vf a = load(&a_row[i]), b = load(&b_row[i]);
-      const vf v_ssim = ring.blurred(rows[0], i) + 2.f * a * ring.blurred(rows[1], i) + b * ring.blurred(rows[2], i);
-      const vf sign = keep(lt(b, a), broadcast(1.f)) - keep(lt(a, b), broadcast(1.f));
-      store(&out[i], l1_scale * sign - ssim_scale * v_ssim);
-    }
-    float *to = gradient + static_cast<size_t>(done) * length;
-    std::copy_n(out.data(), length, to);
-    if (in.mask)
-      for (int i = 0; i < length; i++)
-        if (!in.mask[static_cast<size_t>(done) * in.width + i / in.channels]) to[i] = 0.f;
-  }
-}
-
-// Adds one image's part; `scale` is 1 / number of values that count in the whole batch.
-Sums one_image(const Images &in, float ssim_weight, double scale, float *gradient) {
+// First pass: the two sums of a block, and the derivatives of SSIM in `maps`.
+Sums first_pass(const Image &image, const Layout &layout, const Block &block, float *const *maps) {
   static thread_local Buffer<float> buffer;
-  const size_t plane = static_cast<size_t>(in.height) * in.padded();
-  float *memory = buffer.need(3 * plane);
-  const float *derivatives[3] = {memory, memory + plane, memory + 2 * plane};
-  const int strip = std::max(16, (in.height + 2 * num_threads() - 1) / (2 * num_threads()));
-  const int strips = (in.height + strip - 1) / strip;
-  std::vector<Sums> parts(strips);
-  parallel_for(strips, 1, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; i++) {
-      const int begin = static_cast<int>(i) * strip, end = std::min(begin + strip, in.height);
-      parts[i] = first_pass(in, begin, end, memory, memory + plane, memory + 2 * plane);
+  const int room = block.columns + 2 * layout.halo, rows = kBlockRows + 2 * kRadius;
+  const size_t field = static_cast<size_t>(rows) * room;
+  float *fields = buffer.need(4 * field + 4 * kGroup * room + kBlockRows * room + 2 * room);
+  float *temporary = fields + 4 * field, *counts = temporary + 4 * kGroup * room, *a_row = counts + kBlockRows * room;
+  float *b_row = a_row + room, *outside = temporary;
+  vf l1{};
+  for (int r = 0; r < rows; r++) {
+    const int inner = r - kRadius;
+    const bool counted = inner >= 0 && inner < block.rows;
+    float *count = counted ? counts + inner * room : outside;
+    image.read(block.y + inner, block.x - layout.halo, room, a_row, b_row, count);
+    float *to = fields + static_cast<size_t>(r) * room;
+    for (int i = 0; i < room; i += W) {
+      const vf a = load(a_row + i), b = load(b_row + i), s = a + b - 1.f, d = a - b;
+      store(to + i, s), store(to + field + i, d), store(to + 2 * field + i, s * s), store(to + 3 * field + i, d * d);
+      if (counted && i >= layout.halo && i < layout.halo + block.columns) l1 += abs(d);
     }
+  }
+  vf ssim{};
+  for (int first = 0; first < block.rows; first += kGroup) {
+    const size_t from = static_cast<size_t>(first) * room;
+    const float *sources[4] = {fields + from, fields + field + from, fields + 2 * field + from, fields + 3 * field + from};
+    const int last = std::min(kGroup, block.rows - first);
+    blur_group<4>(sources, room, block.columns, layout.halo, image.channels, last, temporary, [&](int row, int i, const vf *blurred) {
+      vf v_means, v_ss, v_dd;
+      const vf map = similarity(blurred, v_means, v_ss, v_dd);
+      const vm counted = lt(vf{}, load(counts + (first + row) * room + layout.halo + i));
+      const size_t at = layout.at(block.y + first + row, block.x + i);
+      ssim += keep(counted, map);
+      store(maps[0] + at, keep(counted, v_means)), store(maps[1] + at, keep(counted, v_ss)), store(maps[2] + at, keep(counted, v_dd));
+    });
+  }
+  return {sum(l1), sum(ssim)};
+}
+
+// Second pass: blurs the derivatives back and writes the gradient of the loss to a.
+void second_pass(const Image &image, const Layout &layout, const Block &block, const float *const *maps, float l1_scale,
+                 float ssim_scale, float *gradient) {
+  static thread_local Buffer<float> buffer;
+  const int room = block.columns + 2 * layout.halo;
+  float *temporary = buffer.need(3 * kGroup * room + 4 * block.columns);
+  float *a_row = temporary + 3 * kGroup * room, *b_row = a_row + block.columns, *counts = b_row + block.columns;
+  float *out = counts + block.columns;
+  const int written = std::min(block.columns, layout.length - block.x);
+  for (int first = 0; first < block.rows; first += kGroup) {
+    const size_t from = layout.at(block.y + first - kRadius, block.x - layout.halo);
+    const float *sources[3] = {maps[0] + from, maps[1] + from, maps[2] + from};
+    const int last = std::min(kGroup, block.rows - first);
+    blur_group<3>(sources, layout.pitch, block.columns, layout.halo, image.channels, last, temporary, [&](int row, int i, const vf *blurred) {
+      const int y = block.y + first + row;
+      if (i == 0) image.read(y, block.x, block.columns, a_row, b_row, counts);
+      const vf a = load(a_row + i), b = load(b_row + i), s = a + b - 1.f, d = a - b;
+      const vf v_ssim = blurred[0] + 2.f * (s * blurred[1] + d * blurred[2]);
+      const vf sign = keep(lt(vf{}, d), broadcast(1.f)) - keep(lt(d, vf{}), broadcast(1.f));
+      store(out + i, keep(lt(vf{}, load(counts + i)), l1_scale * sign - ssim_scale * v_ssim));
+      if (i + W >= block.columns && written > 0)
+        std::copy_n(out, written, gradient + static_cast<size_t>(y) * layout.length + block.x);
+    });
+  }
+}
+
+// One image's sums; `l1_scale` and `ssim_scale` are the weight of one value in the loss.
+Sums one_image(const Image &image, float l1_scale, float ssim_scale, float *gradient) {
+  static thread_local Buffer<float> buffer;
+  const Layout layout(image);
+  float *memory = buffer.need(3 * layout.map_size());
+  float *const maps[3] = {memory, memory + layout.map_size(), memory + 2 * layout.map_size()};
+  for (float *map : maps) layout.clear_margins(map);
+  std::vector<Sums> parts(layout.blocks());
+  parallel_for(layout.blocks(), 1, [&](int64_t index, int64_t end) {
+    for (; index < end; index++) parts[index] = first_pass(image, layout, layout.block(static_cast<int>(index)), maps);
   });
-  const float l1_scale = static_cast<float>((1.f - ssim_weight) * scale), ssim_scale = static_cast<float>(ssim_weight * scale);
-  parallel_for(strips, 1, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; i++) {
-      const int begin = static_cast<int>(i) * strip, end = std::min(begin + strip, in.height);
-      second_pass(in, begin, end, derivatives, l1_scale, ssim_scale, gradient);
-    }
+  parallel_for(layout.blocks(), 1, [&](int64_t index, int64_t end) {
+    for (; index < end; index++)
+      second_pass(image, layout, layout.block(static_cast<int>(index)), maps, l1_scale, ssim_scale, gradient);
   });
   Sums sums;
   for (const Sums &part : parts) sums.l1 += part.l1, sums.ssim += part.ssim;
   return sums;
 }
 
-using Bytes = nb::ndarray<uint8_t, nb::c_contig, nb::device::cpu>;
-
 // rgb [C, H, W, D]; target the same shape as floats in 0..1 or as bytes, the other one empty; mask [C, H, W] or empty.
-// Writes values = (loss, L1, SSIM) and the gradient of the loss to rgb.
+// Writes values = (loss, L1, SSIM) and the gradient of the loss to rgb. Where nothing counts, the images are alike.
 void photometric_loss(Floats rgb, Floats target_floats, Bytes target_bytes, Bools mask, float ssim_weight, Floats values,
                       Floats gradient) {
   const size_t count = rgb.shape(0), pixels = rgb.shape(1) * rgb.shape(2), floats = pixels * rgb.shape(3);
@@ -224,16 +242,17 @@ void photometric_loss(Floats rgb, Floats target_floats, Bytes target_bytes, Bool
   nb::gil_scoped_release unlocked;
   size_t counted = count * pixels;
   if (masked) counted = static_cast<size_t>(std::count(m, m + count * pixels, true));
-  const double scale = 1.0 / (std::max<size_t>(counted, 1) * static_cast<double>(channels));
+  const double scale = counted * channels > 0 ? 1.0 / (static_cast<double>(counted) * channels) : 0.0;
   Sums sums;
-  for (size_t c = 0; c < count; c++) {
-    const Images in{a + c * floats, bytes ? nullptr : b + c * floats, bytes ? b_bytes + c * floats : nullptr,
-                    masked ? m + c * pixels : nullptr, height, width, channels};
-    const Sums part = one_image(in, ssim_weight, scale, v + c * floats);
+  for (size_t c = 0; c < count && floats > 0; c++) {
+    const Image image{a + c * floats, bytes ? nullptr : b + c * floats, bytes ? b_bytes + c * floats : nullptr,
+                      masked ? m + c * pixels : nullptr, height, width, channels};
+    const Sums part = one_image(image, static_cast<float>((1.0 - ssim_weight) * scale), static_cast<float>(ssim_weight * scale),
+                                v + c * floats);
     sums.l1 += part.l1, sums.ssim += part.ssim;
   }
-  out[1] = static_cast<float>(sums.l1 * scale), out[2] = static_cast<float>(sums.ssim * scale);
-  out[0] = (1.f - ssim_weight) * out[1] + ssim_weight * (1.f - out[2]);
+  out[1] = static_cast<float>(sums.l1 * scale), out[2] = scale > 0 ? static_cast<float>(sums.ssim * scale) : 1.f;
+  out[0] = static_cast<float>((1.0 - ssim_weight) * sums.l1 * scale + (scale > 0 ? ssim_weight * (1.0 - sums.ssim * scale) : 0.0));
 }
 
 }  // namespace

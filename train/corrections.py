@@ -1,0 +1,45 @@
+"""What is learnt about each training image beside the scene: its exposure, and a better pose."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from prismfield.render.cameras import Cameras
+
+
+class Exposure(nn.Module):
+    """An affine map of the colours for each training image, as in Hierarchical 3D Gaussians (Kerbl et al. 2024).
+
+    Test images have none: they are measured as rendered.
+    """
+
+    def __init__(self, images: int) -> None:
+        super().__init__()
+        self.affine = nn.Parameter(torch.eye(3, 4).repeat(images, 1, 1))
+        """[V, 3, 4], identity at the start."""
+
+    def forward(self, rgb: Tensor, index: int) -> Tensor:
+        """Rendered [C, H, W, 3] as image `index` would have recorded it."""
+        return rgb @ self.affine[index, :, :3].T + self.affine[index, :, 3]
+
+
+class PoseDeltas(nn.Module):
+    """A small motion of each training camera: a rotation vector and a translation, in the camera's frame."""
+
+    def __init__(self, images: int) -> None:
+        super().__init__()
+        self.deltas = nn.Parameter(torch.zeros(images, 6))
+        """[V, 6] rotation vector (radians), translation (scene units)."""
+
+    def forward(self, cameras: Cameras, index: int) -> Cameras:
+        """`cameras` with their poses moved as learnt for image `index`."""
+        rotation, translation = self.deltas[index, :3], self.deltas[index, 3:]
+        x, y, z = rotation.unbind()
+        zero = torch.zeros_like(x)
+        cross = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero]).view(3, 3)
+        motion = torch.cat([torch.matrix_exp(cross), translation[:, None]], 1)
+        bottom = torch.tensor([[0.0, 0.0, 0.0, 1.0]], device=motion.device)
+        return replace(cameras, viewmats=torch.cat([motion, bottom]) @ cameras.viewmats)
