@@ -1,0 +1,27 @@
+"""Fixtures that every test file may use."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real captures: `data` in $PRISMFIELD_SHARED, by default in `shared` beside the repository."""
+    default = Path(__file__).resolve().parent.parent.parent / "shared"
+    folder = Path(os.environ.get("PRISMFIELD_SHARED", default)) / "data"
+    if not folder.is_dir():
+        pytest.skip(f"no real captures at {folder}: set PRISMFIELD_SHARED")
+    return folder
+
+
+@pytest.fixture(params=["cpu", "cuda"])
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Each device that a test of device-independent code runs on. Nothing else skips for a missing GPU."""
+    if request.param == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no GPU")
+    return torch.device(request.param)
