@@ -93,7 +93,7 @@ class SceneData:
     aabb: Tensor
     """[2, 3] bounds of the content in the scene frame: of the points, else of what the cameras look at."""
     background: Literal["white", "black"] | None
-    """Colour behind images with an alpha channel; None: the images have none."""
+    """Colour behind images that are transparent in places; None: they are opaque."""
     split: str
     """Where the test views come from, in words: "the files' own", "every 8th", ..."""
     warnings: list[str] = field(default_factory=list)

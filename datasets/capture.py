@@ -73,8 +73,12 @@ class CameraSpec:
 def name_some(names: Iterable[str]) -> str:
     """'3 images (a, b, c)', at most three by name."""
     listed = list(names)
-    more = ", ..." if len(listed) > 3 else ""
-    return f"{len(listed)} image{'s' if len(listed) != 1 else ''} ({', '.join(listed[:3])}{more})"
+    return f"{len(listed)} image{'s' if len(listed) != 1 else ''} ({first_three(listed)})"
+
+
+def first_three(names: list[str]) -> str:
+    """'a, b, c, ...'."""
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def image_infos(paths: dict[str, Path | None], where: Path) -> dict[str, ImageInfo]:
@@ -85,7 +89,7 @@ def image_infos(paths: dict[str, Path | None], where: Path) -> dict[str, ImageIn
     """
     missing = [name for name, path in paths.items() if path is None or not path.is_file()]
     if missing:
-        raise FileNotFoundError(f"{where}: {len(missing)} of {len(paths)} images are missing: {name_some(missing)}")
+        raise FileNotFoundError(f"{where}: {len(missing)} of {len(paths)} images are missing: {first_three(missing)}")
     return {name: read_info(path) for name, path in paths.items() if path is not None}
 
 

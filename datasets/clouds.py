@@ -29,7 +29,7 @@ def read_cloud(path: Path) -> tuple[NDArray[np.float64], NDArray[np.uint8]]:
     body = data.find(b"\n", end) + 1
     style, count, fields = _header(path, lines)
     if style == "ascii":
-        rows = data[body:].split(b"\n")[:count]
+        rows = [row for row in data[body:].splitlines() if row.strip()][:count]
         try:
             values = np.array(
                 [[float(word) for word in row.split()[: len(fields)]] for row in rows], np.float64

@@ -7,12 +7,14 @@ import os
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from prismfield.datasets.base import Frame, Points, SceneData, SceneFrame
 from prismfield.datasets.capture import Capture
 from prismfield.datasets.clouds import clean_cloud
 from prismfield.datasets.colmap import find_model, read_colmap
+from prismfield.datasets.images import decode
 from prismfield.datasets.normalize import estimate_aabb, estimate_frame
 from prismfield.datasets.transforms import is_transforms, read_transforms
 from prismfield.render.cameras import Cameras
@@ -29,7 +31,9 @@ log = logging.getLogger("prismfield")
 
 
 def load_scene(scene: str, *, eval_every_nth: int | None = None) -> SceneData:
-    """Read a capture, check it and move it to the scene frame. Images are checked by their headers, not decoded.
+    """Read a capture, check it and move it to the scene frame.
+
+    Only the headers of the images are read, and up to three images with an alpha channel, to see whether it is used.
 
     Args:
         scene: a path (a folder, or one `transforms.json`), else a name under `$PRISMFIELD_DATA`, else a bundled scene.
@@ -62,9 +66,9 @@ def load_scene(scene: str, *, eval_every_nth: int | None = None) -> SceneData:
             notes.say("the point cloud has no usable points")
     train = [_to_scene(frame, scene_frame) for frame in train]
     test = [_to_scene(frame, scene_frame) for frame in test]
-    bounds = estimate_aabb(
-        train, None if points is None else points.xyz.double().numpy(), object_only=capture.has_alpha
-    )
+    see_through = capture.has_alpha and _see_through(train)
+    cloud = None if points is None else points.xyz.double().numpy()
+    bounds = estimate_aabb(train, cloud, object_only=see_through)
     return SceneData(
         name=root.resolve().name,
         root=root,
@@ -74,7 +78,7 @@ def load_scene(scene: str, *, eval_every_nth: int | None = None) -> SceneData:
         points=points,
         frame=scene_frame,
         aabb=torch.from_numpy(bounds).float(),
-        background="white" if capture.has_alpha else None,
+        background="white" if see_through else None,
         split=split,
         warnings=notes.sentences(),
     )
@@ -142,6 +146,15 @@ def _split(capture: Capture, nth: int | None) -> tuple[list[Frame], list[Frame],
 
 def _ordinal(number: int) -> str:
     return "th" if number % 100 in (11, 12, 13) else {1: "st", 2: "nd", 3: "rd"}.get(number % 10, "th")
+
+
+def _see_through(frames: list[Frame]) -> bool:
+    """Whether images with an alpha channel use it: in one of three, some pixel is not opaque."""
+    for frame in {frame.name: frame for frame in (frames[0], frames[len(frames) // 2], frames[-1])}.values():
+        pixels = decode(frame.image_path)
+        if pixels.shape[2] == 4 and pixels[..., 3].min() < (255 if pixels.dtype == np.uint8 else 1):
+            return True
+    return False
 
 
 def _to_scene(frame: Frame, scene_frame: SceneFrame) -> Frame:

@@ -131,7 +131,7 @@ def _read(
         has_alpha=any(info.has_alpha for info in infos.values()),
         notes=notes,
     )
-    cloud = _cloud_path(root, _load(main), notes)
+    cloud = _cloud_path(root, [_load(main), *(table for table, _ in entries)], notes)
     if cloud is not None:
         capture.xyz, capture.rgb = read_cloud(cloud)
     return capture
@@ -239,8 +239,8 @@ def _lens(name: str, values: Mapping[str, Any]) -> Lens:
     return Lens("opencv", coefficients) if any(coefficients) else Lens("pinhole")
 
 
-def _cloud_path(root: Path, table: dict[str, Any], notes: Notes) -> Path | None:
-    named = table.get("ply_file_path")
+def _cloud_path(root: Path, tables: list[dict[str, Any]], notes: Notes) -> Path | None:
+    named = next((table["ply_file_path"] for table in tables if table.get("ply_file_path")), None)
     if named:
         if (root / str(named)).is_file():
             return root / str(named)
