@@ -1,4 +1,8 @@
-// One Adam step over a parameter in a single pass: four streams read, three written.
+// One Adam step over a parameter in a single pass: four streams read, three written. Bound by memory.
+//
+// Every value goes through the same vector instructions, ends of rows with the lanes beyond them switched off, so that the
+// result does not depend on how the work is cut, and with it not on the number of threads.
+#include <algorithm>
 #include <cmath>
 #include "arrays.h"
 #include "bindings.h"
@@ -8,47 +12,122 @@
 namespace pf {
 namespace {
 
-struct Step {
-  float beta1, beta2, rate, root_scale, eps;  // rate = lr / (1 - beta1^t), root_scale = 1 / sqrt(1 - beta2^t)
+constexpr int64_t kGrainFloats = 16384;
 
-  template <class T>
-  PF_INLINE void apply(T &param, T grad, T &mean, T &square) const {
-    mean = beta1 * mean + (1.f - beta1) * grad;
-    square = beta2 * square + (1.f - beta2) * grad * grad;
-    param = param - rate * mean / (sqrt(square) * root_scale + eps);
+// The first `count` floats at p, zeros behind; and their counterpart.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+PF_INLINE __m256i first_lanes(int count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+#endif
+PF_INLINE vf load_some(const float *p, int count) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1u), p);
+#elif defined(__AVX2__)
+  return (vf)_mm256_maskload_ps(p, first_lanes(count));
+#else
+  if (count == W) return load(p);
+  float lanes[W] = {};
+  for (int i = 0; i < count; i++) lanes[i] = p[i];
+  return load(lanes);
+#endif
+}
+PF_INLINE void store_some(float *p, vf v, int count) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1u), (__m512)v);
+#elif defined(__AVX2__)
+  _mm256_maskstore_ps(p, first_lanes(count), (__m256)v);
+#else
+  if (count == W) return store(p, v);
+  float lanes[W];
+  store(lanes, v);
+  for (int i = 0; i < count; i++) p[i] = lanes[i];
+#endif
+}
+
+struct Adam {
+  float *param, *mean, *square;
+  const float *grad;
+  int64_t width;  // floats in a row
+  float beta1, beta2, rest1, rest2, rate, root_scale, eps;  // rest = 1 - beta; the others include the bias corrections
+
+  PF_INLINE void apply(vf &p, vf g, vf &m, vf &s) const {
+    m = beta1 * m + rest1 * g;
+    s = beta2 * s + rest2 * (g * g);
+    p = p - rate * m / (sqrt(s) * root_scale + eps);
   }
 
-  void run(float *param, const float *grad, float *mean, float *square, int64_t begin, int64_t end) const {
+  // The floats begin .. end - 1.
+  void run(int64_t begin, int64_t end) const {
     int64_t i = begin;
     for (; i + W <= end; i += W) {
       vf p = load(param + i), m = load(mean + i), s = load(square + i);
       apply(p, load(grad + i), m, s);
       store(param + i, p), store(mean + i, m), store(square + i, s);
     }
-    for (; i < end; i++) apply(param[i], grad[i], mean[i], square[i]);
+    if (i == end) return;
+    const int count = static_cast<int>(end - i);
+    vf p = load_some(param + i, count), m = load_some(mean + i, count), s = load_some(square + i, count);
+    apply(p, load_some(grad + i, count), m, s);
+    store_some(param + i, p, count), store_some(mean + i, m, count), store_some(square + i, s, count);
+  }
+
+  // The visible ones of at most W rows narrower than a vector: whole vectors, of which the other lanes stay as they are.
+  void run_narrow(int64_t row, int rows, const bool *visible) const {
+    float lanes[W * W + W];
+    for (int r = 0; r < rows; r++) store(lanes + r * width, broadcast(visible[row + r]));  // the next row overwrites the excess
+    const int floats = rows * static_cast<int>(width);
+    for (int first = 0; first < floats; first += W) {
+      const int count = std::min(W, floats - first);
+      const int64_t i = row * width + first;
+      const vm chosen = lt(vf{}, load(lanes + first));
+      if (!any(chosen)) continue;
+      const vf p = load_some(param + i, count), m = load_some(mean + i, count), s = load_some(square + i, count);
+      vf new_p = p, new_m = m, new_s = s;
+      apply(new_p, load_some(grad + i, count), new_m, new_s);
+      store_some(param + i, select(chosen, new_p, p), count);
+      store_some(mean + i, select(chosen, new_m, m), count), store_some(square + i, select(chosen, new_s, s), count);
+    }
+  }
+
+  void run_rows(int64_t begin, int64_t end, const bool *visible) const {
+    if (width < W) {
+      for (int64_t row = begin; row < end; row += W)
+        run_narrow(row, static_cast<int>(std::min<int64_t>(W, end - row)), visible);
+      return;
+    }
+    for (int64_t row = begin; row < end; row++) {
+      if (!visible[row]) continue;
+      const int64_t first = row;
+      while (row + 1 < end && visible[row + 1]) row++;
+      run(first * width, (row + 1) * width);
+    }
   }
 };
 
-// Flat arrays of `rows` x `width` values; where a mask of rows is given, the others are not touched.
-void adam_step(Floats param, Floats grad, Floats mean, Floats square, Bools rows, int64_t width, float lr, float beta1,
-               float beta2, float eps, int64_t step) {
-  const Step adam{beta1, beta2, static_cast<float>(lr / (1.0 - std::pow(static_cast<double>(beta1), step))),
-                  static_cast<float>(1.0 / std::sqrt(1.0 - std::pow(static_cast<double>(beta2), step))), eps};
-  float *p = param.data(), *m = mean.data(), *s = square.data();
-  const float *g = grad.data();
+// Arrays of rows x width floats; where a mask of rows is given, the others are left as they are.
+void adam_step(Floats param, Floats grad, Floats mean, Floats square, Bools rows, int64_t width, double lr, double beta1,
+               double beta2, double eps, int64_t step) {
+  const double correction1 = 1.0 - std::pow(beta1, step), correction2 = 1.0 - std::pow(beta2, step);
+  const auto single = [](double x) { return static_cast<float>(x); };
+  const Adam adam{param.data(),
+                  mean.data(),
+                  square.data(),
+                  grad.data(),
+                  width,
+                  single(beta1),
+                  single(beta2),
+                  single(1.0 - beta1),
+                  single(1.0 - beta2),
+                  single(lr / correction1),
+                  single(1.0 / std::sqrt(correction2)),
+                  single(eps)};
   const bool *visible = rows.size() > 0 ? rows.data() : nullptr;
   const int64_t count = width > 0 ? static_cast<int64_t>(param.size()) / width : 0;
   nb::gil_scoped_release unlocked;
-  const int64_t grain = std::max<int64_t>(1, 16384 / std::max<int64_t>(width, 1));
-  parallel_for(count, grain, [&](int64_t begin, int64_t end) {
-    if (!visible) return adam.run(p, g, m, s, begin * width, end * width);
-    for (int64_t row = begin; row < end; row++) {
-      if (!visible[row]) continue;
-      int64_t last = row + 1;
-      while (last < end && visible[last]) last++;
-      adam.run(p, g, m, s, row * width, last * width);
-      row = last;
-    }
+  parallel_for(count, std::max<int64_t>(1, kGrainFloats / std::max<int64_t>(width, 1)), [&](int64_t begin, int64_t end) {
+    if (visible) adam.run_rows(begin, end, visible);
+    else adam.run(begin * width, end * width);
   });
 }
 

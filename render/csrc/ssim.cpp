@@ -8,6 +8,8 @@
 // rows of results at a time, then along the rows. Channels are interleaved: a pixel k away is k * channels floats away.
 #include <algorithm>
 #include <cmath>
+#include <cstring>
+#include <type_traits>
 #include <vector>
 #include "arrays.h"
 #include "bindings.h"
@@ -21,8 +23,9 @@ using Bytes = nb::ndarray<uint8_t, nb::c_contig, nb::device::cpu>;
 
 constexpr int kRadius = 5, kTaps = 2 * kRadius + 1;
 constexpr float kWindow[kTaps] = {  // Gaussian, sigma 1.5 pixels, sum 1
-    0.001028380084f, 0.007598758135f, 0.03600077213f, 0.1093606895f,  0.2130055377f,  0.2660117249f,
-    0.2130055377f,   0.1093606895f,   0.03600077213f, 0.007598758135f, 0.001028380084f};
+                                  0.001028380084f, 0.007598758135f, 0.03600077213f, 0.1093606895f,
+                                  0.2130055377f,   0.2660117249f,   0.2130055377f,  0.1093606895f,
+                                  0.03600077213f,  0.007598758135f, 0.001028380084f};
 constexpr float kC1 = 0.01f * 0.01f, kC2 = 0.03f * 0.03f;
 constexpr int kGroup = 4;                            // rows of results that are blurred together
 constexpr int kBlockRows = 16, kBlockFloats = 512;   // a multiple of kGroup, of W
@@ -40,7 +43,8 @@ struct Image {
 
   // `count` floats (whole vectors) of row y from `first` on, and 1 where they count.
   void read(int y, int first, int count, float *a_row, float *b_row, float *counts) const {
-    const int skip = std::clamp(-first, 0, count), last = y < 0 || y >= height ? skip : std::clamp(length() - first, skip, count);
+    const int skip = std::clamp(-first, 0, count),
+              last = y < 0 || y >= height ? skip : std::clamp(length() - first, skip, count);
     std::fill(a_row, a_row + skip, 0.f), std::fill(b_row, b_row + skip, 0.f), std::fill(counts, counts + skip, 0.f);
     std::fill(a_row + last, a_row + count, 0.f), std::fill(b_row + last, b_row + count, 0.f);
     std::fill(counts + last, counts + count, 0.f);
@@ -53,6 +57,7 @@ struct Image {
     std::fill(counts + skip, counts + last, 1.f);
     if (!mask) return;
     const bool *pixel = mask + static_cast<size_t>(y) * width + (first + skip) / channels;
+    if (!std::memchr(pixel, 0, (first + last - 1) / channels - (first + skip) / channels + 1)) return;
     for (int i = skip, channel = (first + skip) % channels; i < last; pixel++, channel = 0)
       for (const float one = *pixel; channel < channels && i < last; channel++, i++) counts[i] = one;
     for (int i = 0; i < count; i += W) {
@@ -72,9 +77,13 @@ struct Layout {
   int height, length, strips, tiles, tile, halo, pitch;
 
   explicit Layout(const Image &image)
-      : height(image.height), length(image.length()), strips((height + kBlockRows - 1) / kBlockRows),
-        tiles((length + kBlockFloats - 1) / kBlockFloats), tile(whole_vectors((length + tiles - 1) / tiles)),
-        halo(whole_vectors(kRadius * image.channels)), pitch(tile * tiles + 2 * halo) {}
+      : height(image.height),
+        length(image.length()),
+        strips((height + kBlockRows - 1) / kBlockRows),
+        tiles((length + kBlockFloats - 1) / kBlockFloats),
+        tile(whole_vectors((length + tiles - 1) / tiles)),
+        halo(whole_vectors(kRadius * image.channels)),
+        pitch(tile * tiles + 2 * halo) {}
 
   int blocks() const { return strips * tiles; }
   Block block(int index) const {
@@ -94,10 +103,10 @@ struct Layout {
   }
 };
 
-// Blurs the rows y .. y + kGroup - 1 of `Fields` images and hands sink(row, i, blurred) their `columns` results, the first `rows`.
-// `fields` point `halo` floats left of the first result in row y - kRadius; `temporary` has Fields * kGroup rows.
-template <int Fields, class Sink>
-PF_INLINE void blur_group(const float *const *fields, int pitch, int columns, int halo, int channels, int rows,
+// Blurs the rows y .. y + kGroup - 1 of `Fields` images and hands sink(row, i, blurred) their `columns` results, the first
+// `rows`. `fields` point `halo` floats left of the first result in row y - kRadius; `temporary` has Fields * kGroup rows.
+template <int Fields, class Channels, class Sink>
+PF_INLINE void blur_group(const float *const *fields, int pitch, int columns, int halo, Channels channels, int rows,
                           float *temporary, Sink &&sink) {
   const int room = columns + 2 * halo;
   for (int f = 0; f < Fields; f++)
@@ -145,7 +154,8 @@ PF_INLINE vf similarity(const vf *blurred, vf &v_means, vf &v_ss, vf &v_dd) {
 }
 
 // First pass: the two sums of a block, and the derivatives of SSIM in `maps`.
-Sums first_pass(const Image &image, const Layout &layout, const Block &block, float *const *maps) {
+template <class Channels>
+Sums first_pass(Channels channels, const Image &image, const Layout &layout, const Block &block, float *const *maps) {
   static thread_local Buffer<float> buffer;
   const int room = block.columns + 2 * layout.halo, rows = kBlockRows + 2 * kRadius;
   const size_t field = static_cast<size_t>(rows) * room;
@@ -170,21 +180,23 @@ Sums first_pass(const Image &image, const Layout &layout, const Block &block, fl
     const size_t from = static_cast<size_t>(first) * room;
     const float *sources[4] = {fields + from, fields + field + from, fields + 2 * field + from, fields + 3 * field + from};
     const int last = std::min(kGroup, block.rows - first);
-    blur_group<4>(sources, room, block.columns, layout.halo, image.channels, last, temporary, [&](int row, int i, const vf *blurred) {
+    blur_group<4>(sources, room, block.columns, layout.halo, channels, last, temporary, [&](int row, int i, const vf *blurred) {
       vf v_means, v_ss, v_dd;
       const vf map = similarity(blurred, v_means, v_ss, v_dd);
       const vm counted = lt(vf{}, load(counts + (first + row) * room + layout.halo + i));
       const size_t at = layout.at(block.y + first + row, block.x + i);
       ssim += keep(counted, map);
-      store(maps[0] + at, keep(counted, v_means)), store(maps[1] + at, keep(counted, v_ss)), store(maps[2] + at, keep(counted, v_dd));
+      store(maps[0] + at, keep(counted, v_means)), store(maps[1] + at, keep(counted, v_ss)),
+          store(maps[2] + at, keep(counted, v_dd));
     });
   }
   return {sum(l1), sum(ssim)};
 }
 
 // Second pass: blurs the derivatives back and writes the gradient of the loss to a.
-void second_pass(const Image &image, const Layout &layout, const Block &block, const float *const *maps, float l1_scale,
-                 float ssim_scale, float *gradient) {
+template <class Channels>
+void second_pass(Channels channels, const Image &image, const Layout &layout, const Block &block, const float *const *maps,
+                 float l1_scale, float ssim_scale, float *gradient) {
   static thread_local Buffer<float> buffer;
   const int room = block.columns + 2 * layout.halo;
   float *temporary = buffer.need(3 * kGroup * room + 4 * block.columns);
@@ -195,21 +207,24 @@ void second_pass(const Image &image, const Layout &layout, const Block &block, c
     const size_t from = layout.at(block.y + first - kRadius, block.x - layout.halo);
     const float *sources[3] = {maps[0] + from, maps[1] + from, maps[2] + from};
     const int last = std::min(kGroup, block.rows - first);
-    blur_group<3>(sources, layout.pitch, block.columns, layout.halo, image.channels, last, temporary, [&](int row, int i, const vf *blurred) {
-      const int y = block.y + first + row;
-      if (i == 0) image.read(y, block.x, block.columns, a_row, b_row, counts);
-      const vf a = load(a_row + i), b = load(b_row + i), s = a + b - 1.f, d = a - b;
-      const vf v_ssim = blurred[0] + 2.f * (s * blurred[1] + d * blurred[2]);
-      const vf sign = keep(lt(vf{}, d), broadcast(1.f)) - keep(lt(d, vf{}), broadcast(1.f));
-      store(out + i, keep(lt(vf{}, load(counts + i)), l1_scale * sign - ssim_scale * v_ssim));
-      if (i + W >= block.columns && written > 0)
-        std::copy_n(out, written, gradient + static_cast<size_t>(y) * layout.length + block.x);
-    });
+    blur_group<3>(sources, layout.pitch, block.columns, layout.halo, channels, last, temporary,
+                  [&](int row, int i, const vf *blurred) {
+                    const int y = block.y + first + row;
+                    if (i == 0) image.read(y, block.x, block.columns, a_row, b_row, counts);
+                    const vf a = load(a_row + i), b = load(b_row + i), s = a + b - 1.f, d = a - b;
+                    const vf v_ssim = blurred[0] + 2.f * (s * blurred[1] + d * blurred[2]);
+                    const vf sign = keep(lt(vf{}, d), broadcast(1.f)) - keep(lt(d, vf{}), broadcast(1.f));
+                    store(out + i, keep(lt(vf{}, load(counts + i)), l1_scale * sign - ssim_scale * v_ssim));
+                    if (i + W >= block.columns && written > 0)
+                      std::copy_n(out, written, gradient + static_cast<size_t>(y) * layout.length + block.x);
+                  });
   }
 }
 
-// One image's sums; `l1_scale` and `ssim_scale` are the weight of one value in the loss.
-Sums one_image(const Image &image, float l1_scale, float ssim_scale, float *gradient) {
+// One image's sums; `channels` may be known to the compiler; `l1_scale` and `ssim_scale` are the weight of one value in the
+// loss.
+template <class Channels>
+Sums one_image(Channels channels, const Image &image, float l1_scale, float ssim_scale, float *gradient) {
   static thread_local Buffer<float> buffer;
   const Layout layout(image);
   float *memory = buffer.need(3 * layout.map_size());
@@ -217,11 +232,12 @@ Sums one_image(const Image &image, float l1_scale, float ssim_scale, float *grad
   for (float *map : maps) layout.clear_margins(map);
   std::vector<Sums> parts(layout.blocks());
   parallel_for(layout.blocks(), 1, [&](int64_t index, int64_t end) {
-    for (; index < end; index++) parts[index] = first_pass(image, layout, layout.block(static_cast<int>(index)), maps);
+    for (; index < end; index++)
+      parts[index] = first_pass(channels, image, layout, layout.block(static_cast<int>(index)), maps);
   });
   parallel_for(layout.blocks(), 1, [&](int64_t index, int64_t end) {
     for (; index < end; index++)
-      second_pass(image, layout, layout.block(static_cast<int>(index)), maps, l1_scale, ssim_scale, gradient);
+      second_pass(channels, image, layout, layout.block(static_cast<int>(index)), maps, l1_scale, ssim_scale, gradient);
   });
   Sums sums;
   for (const Sums &part : parts) sums.l1 += part.l1, sums.ssim += part.ssim;
@@ -234,7 +250,8 @@ void photometric_loss(Floats rgb, Floats target_floats, Bytes target_bytes, Bool
                       Floats gradient) {
   const size_t count = rgb.shape(0), pixels = rgb.shape(1) * rgb.shape(2), floats = pixels * rgb.shape(3);
   const bool bytes = target_bytes.size() > 0, masked = mask.size() > 0;
-  const int height = static_cast<int>(rgb.shape(1)), width = static_cast<int>(rgb.shape(2)), channels = static_cast<int>(rgb.shape(3));
+  const int height = static_cast<int>(rgb.shape(1)), width = static_cast<int>(rgb.shape(2)),
+            channels = static_cast<int>(rgb.shape(3));
   const float *a = rgb.data(), *b = target_floats.data();
   const uint8_t *b_bytes = target_bytes.data();
   const bool *m = mask.data();
@@ -245,14 +262,22 @@ void photometric_loss(Floats rgb, Floats target_floats, Bytes target_bytes, Bool
   const double scale = counted * channels > 0 ? 1.0 / (static_cast<double>(counted) * channels) : 0.0;
   Sums sums;
   for (size_t c = 0; c < count && floats > 0; c++) {
-    const Image image{a + c * floats, bytes ? nullptr : b + c * floats, bytes ? b_bytes + c * floats : nullptr,
-                      masked ? m + c * pixels : nullptr, height, width, channels};
-    const Sums part = one_image(image, static_cast<float>((1.0 - ssim_weight) * scale), static_cast<float>(ssim_weight * scale),
-                                v + c * floats);
+    const Image image{a + c * floats,
+                      bytes ? nullptr : b + c * floats,
+                      bytes ? b_bytes + c * floats : nullptr,
+                      masked ? m + c * pixels : nullptr,
+                      height,
+                      width,
+                      channels};
+    const float l1_scale = static_cast<float>((1.0 - ssim_weight) * scale),
+                ssim_scale = static_cast<float>(ssim_weight * scale);
+    const Sums part = channels == 3 ? one_image(std::integral_constant<int, 3>(), image, l1_scale, ssim_scale, v + c * floats)
+                                    : one_image(channels, image, l1_scale, ssim_scale, v + c * floats);
     sums.l1 += part.l1, sums.ssim += part.ssim;
   }
   out[1] = static_cast<float>(sums.l1 * scale), out[2] = scale > 0 ? static_cast<float>(sums.ssim * scale) : 1.f;
-  out[0] = static_cast<float>((1.0 - ssim_weight) * sums.l1 * scale + (scale > 0 ? ssim_weight * (1.0 - sums.ssim * scale) : 0.0));
+  out[0] =
+      static_cast<float>((1.0 - ssim_weight) * sums.l1 * scale + (scale > 0 ? ssim_weight * (1.0 - sums.ssim * scale) : 0.0));
 }
 
 }  // namespace

@@ -1,5 +1,7 @@
 """Structural similarity, and the photometric loss that splat training uses."""
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -23,7 +25,7 @@ def photometric_loss(
         target: the same shape, float in 0..1 or uint8 in 0..255.
         ssim_weight: w, in 0..1.
         mask: [C, H, W] bool, True where a pixel counts. Others are set to 0 in both images before SSIM's window passes over
-            them, and are left out of both means.
+            them, and are left out of both means. Where none counts, the loss is 0.
 
     Returns:
         The loss, and detached mean absolute error and SSIM.
@@ -35,25 +37,40 @@ def photometric_loss(
     if mask is not None:
         check_shapes(rgb=(rgb, "C H W D"), mask=(mask, "C H W"))
     if use_kernel(rgb):
-        loss, values, _ = _photometric_loss(rgb, target, ssim_weight, mask)
+        loss, values, _ = _photometric_loss(rgb, target.detach(), ssim_weight, mask)
         return loss, values[1], values[2]
-    return photometric_loss_reference(rgb, target, ssim_weight, mask)
+    return photometric_loss_reference(rgb, target.detach(), ssim_weight, mask)
 
 
-def ssim(a: Tensor, b: Tensor) -> Tensor:
-    """Mean structural similarity of two images (Wang et al. 2004), as 3D Gaussian Splatting evaluates it.
+def ssim(
+    a: Tensor, b: Tensor, mask: Tensor | None = None, *, border: Literal["same", "valid"] = "same"
+) -> Tensor:
+    """Mean structural similarity of two images (Wang et al. 2004, "Image quality assessment"), eq. 13.
 
-    An 11x11 Gaussian window of sigma 1.5, zeros beyond the border, averaged over all pixels and channels.
+    An 11x11 Gaussian window of sigma 1.5, per channel, with biased variances.
 
     Args:
-        a: [C, H, W, D] in 0..1.
-        b: the same shape.
+        a: [C, H, W, D] in 0..1; gradients go to it alone.
+        b: the same shape, float in 0..1 or uint8.
+        mask: [C, H, W] bool, as in `photometric_loss`.
+        border: "same" takes zeros beyond the border and averages over all pixels, as 3D Gaussian Splatting does in training
+            and evaluation. "valid" averages over the pixels whose window lies inside the image, as the paper does.
+
+    Raises:
+        ValueError: a shape does not fit, or the image is smaller than the window and `border` is "valid".
     """
-    return 1 - photometric_loss(a, b, 1.0)[0]
+    if border == "same":
+        return 1 - photometric_loss(a, b, 1.0, mask)[0]
+    check_shapes(a=(a, "C H W D"), b=(b, "C H W D"))
+    if min(a.shape[1:3]) <= 2 * _RADIUS:
+        raise ValueError(f"a: expected at least {2 * _RADIUS + 1} pixels a side for border='valid', got {list(a.shape)}")
+    a, b, counts = _counted(a, b.detach(), mask)
+    inside = (slice(None), slice(_RADIUS, -_RADIUS), slice(_RADIUS, -_RADIUS))
+    return _mean(ssim_map(a, b)[inside], counts[inside], 1.0)
 
 
-def ssim_map_reference(a: Tensor, b: Tensor) -> Tensor:
-    """[C, H, W, D] structural similarity around each pixel, in plain PyTorch."""
+def ssim_map(a: Tensor, b: Tensor) -> Tensor:
+    """[C, H, W, D] structural similarity around each pixel, in plain PyTorch, zeros beyond the border."""
     offsets = torch.arange(-_RADIUS, _RADIUS + 1, dtype=a.dtype, device=a.device)
     window = torch.exp(-(offsets**2) / (2 * _SIGMA**2))
     window = window / window.sum()
@@ -76,13 +93,24 @@ def photometric_loss_reference(
     rgb: Tensor, target: Tensor, ssim_weight: float, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`photometric_loss` in plain PyTorch: the specification."""
-    target = target.to(rgb.dtype) / 255 if target.dtype == torch.uint8 else target.to(rgb.dtype)
-    counts = torch.ones_like(rgb) if mask is None else mask[..., None].to(rgb.dtype).expand_as(rgb)
-    total = counts.sum().clamp(min=1)
-    rgb, target = rgb * counts, target * counts
-    l1 = (rgb - target).abs().sum() / total
-    similarity = (ssim_map_reference(rgb, target) * counts).sum() / total
+    rgb, target, counts = _counted(rgb, target, mask)
+    l1 = _mean((rgb - target).abs(), counts, 0.0)
+    similarity = _mean(ssim_map(rgb, target), counts, 1.0)
     return (1 - ssim_weight) * l1 + ssim_weight * (1 - similarity), l1.detach(), similarity.detach()
+
+
+def _counted(a: Tensor, b: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """Both images in one dtype, 0 where a pixel does not count, and a bool for each value that does."""
+    b = b.to(a.dtype) / 255 if b.dtype == torch.uint8 else b.to(a.dtype)
+    counts = torch.ones_like(a, dtype=torch.bool) if mask is None else mask[..., None].expand_as(a)
+    return torch.where(counts, a, 0.0), torch.where(counts, b, 0.0), counts
+
+
+def _mean(values: Tensor, counts: Tensor, otherwise: float) -> Tensor:
+    """Mean of the values that count; `otherwise` if there are none."""
+    total = counts.sum()
+    mean = torch.where(counts, values, 0.0).sum() / total.clamp(min=1)
+    return torch.where(total > 0, mean, otherwise)
 
 
 @torch.library.custom_op("prismfield::photometric_loss", mutates_args=(), device_types="cpu")
