@@ -34,20 +34,22 @@ def make_scene(count: int = 12, **options: Any) -> Gaussians:
     return scene
 
 
-def make_camera(width: int = 46, height: int = 33) -> Cameras:
+def make_camera(distance: float = 3.0) -> Cameras:
     viewmat = torch.eye(4)
     viewmat[:3, :3] = torch.tensor([[0.8, 0, 0.6], [0, 1, 0], [-0.6, 0, 0.8]])
-    viewmat[2, 3] = 3.0
+    viewmat[2, 3] = distance
     Ks = torch.tensor([[[60.0, 0, 21.0], [0, 48.0, 18.5], [0, 0, 1]]])
-    return Cameras(viewmat[None], Ks, width, height)
+    return Cameras(viewmat[None], Ks, 46, 33)
 
 
 def make_optimizer(scene: Gaussians) -> torch.optim.Adam:
     return torch.optim.Adam(scene.param_groups(), eps=1e-15)
 
 
-def step_once(scene: Gaussians, optimizer: torch.optim.Optimizer, extras: tuple[str, ...] = ()) -> RenderOutput:
-    out = scene.render(make_camera(), extras=extras)
+def step_once(
+    scene: Gaussians, optimizer: torch.optim.Optimizer, extras: tuple[str, ...] = (), distance: float = 3.0
+) -> RenderOutput:
+    out = scene.render(make_camera(distance), extras=extras)
     optimizer.zero_grad(set_to_none=True)
     (out.rgb - 0.3).square().mean().backward()
     optimizer.step()
@@ -232,13 +234,13 @@ class TestAdc:
             strategy.after_step(1, 0.02, scene, make_optimizer(scene), out)
 
     @pytest.mark.parametrize(("factor", "grows"), [(0.9, False), (1.1, True)])
-    def test_the_threshold_is_the_originals(self, factor: float, grows: bool) -> None:
+    @pytest.mark.parametrize("threshold", [0.0, 0.003])
+    def test_the_threshold_is_the_originals_or_ones_own(self, threshold: float, factor: float, grows: bool) -> None:
         scene = make_scene()
         gradients = torch.zeros(1, 12, 2)
-        gradients[0, 4, 1] = factor * 0.0002 / 10  # half of 20 rows
-        Adc(ALWAYS, scene, max_primitives=100, seed=0).after_step(
-            0, 0.01, scene, make_optimizer(scene), fake_output(gradients)
-        )
+        gradients[0, 4, 1] = factor * (threshold or 0.0002) / 10  # half of 20 rows
+        strategy = Adc(replace(ALWAYS, grad_threshold=threshold), scene, max_primitives=100, seed=0)
+        strategy.after_step(0, 0.01, scene, make_optimizer(scene), fake_output(gradients))
         assert scene.num_primitives == 12 + grows
 
     def test_small_ones_are_cloned_and_large_ones_split(self) -> None:
@@ -403,17 +405,16 @@ class TestMcmc:
     def test_dead_ones_move_onto_live_ones(self) -> None:
         scene = make_scene(init_opacity=0.6)
         dead = [1, 4, 8]
-        scene.opacity_logits.data[dead] = -7.0
+        scene.opacity_logits.data[dead] = torch.tensor([0.25, 0.29, 0.01]).logit()
         scene.opacity_logits.data[9] = 4.0
         optimizer = make_optimizer(scene)
         step_once(scene, optimizer)
         before = {name: value.clone() for name, value in scene.tensors().items()}
-        config = replace(self.CONFIG, growth=0.0)
-        Mcmc(config, scene, max_primitives=12, seed=0).after_step(
-            0, 0.1, scene, optimizer, fake_output(torch.zeros(1, 12, 2))
-        )
+        config = replace(self.CONFIG, growth=0.0, min_opacity=0.3)
+        strategy = Mcmc(config, scene, max_primitives=12, seed=0)
+        strategy.after_step(0, 0.1, scene, optimizer, fake_output(torch.zeros(1, 12, 2)))
         assert_attached(scene, optimizer)
-        assert scene.num_primitives == 12 and scene.opacities.min() > 0.05
+        assert scene.num_primitives == 12 and scene.opacities.min() > 0.29
         for row in dead:
             source = (before["means"] - scene.means[row]).abs().sum(1).argmin()
             assert source not in dead and torch.equal(scene.means[row], before["means"][source])
@@ -422,7 +423,7 @@ class TestMcmc:
             group = (scene.means == scene.means[row]).all(1)
             assert group.sum() >= 2 and (scene.opacities[group] == scene.opacities[row]).all()
             covered = 1 - (1 - scene.opacities[group]).prod()
-            assert covered.item() == pytest.approx(before["opacity_logits"][source].sigmoid().item(), rel=1e-4)
+            assert covered.item() >= before["opacity_logits"][source].sigmoid().item() - 1e-4
             assert (scene.scales[row] < before["log_scales"][source].exp()).all()
             assert all((moment[row] == 0).all() for moment in moments(scene, optimizer).values())
 
@@ -476,13 +477,18 @@ class TestEveryStrategy:
 
     def start(self, name: str) -> tuple[Gaussians, torch.optim.Optimizer, Any]:
         scene = make_scene(count=40, sh_interval=0.2, means_lr=1e-2)
-        adc = AdcConfig(start=4, interval=4, min_interval=4, reset_interval=13, grad_threshold=1e-5, stop=0.8)
-        config = {"adc": adc, "mcmc": McmcConfig(start=4, interval=4, min_interval=4, noise=10.0), "fixed": None}[name]
-        return scene, make_optimizer(scene), STRATEGIES[name](config, scene, max_primitives=64, seed=7)
+        adc = AdcConfig("budget", start=4, interval=4, min_interval=4, reset_interval=13, stop=0.8, max_extent=0)
+        config = {
+            "adc": adc,
+            "mcmc": McmcConfig(start=4, interval=4, min_interval=4, growth=0.1, noise=10.0),
+            "fixed": None,
+        }[name]
+        return scene, make_optimizer(scene), STRATEGIES[name](config, scene, max_primitives=90, seed=7)
 
     def go(self, scene: Gaussians, optimizer: Any, strategy: Any, steps: range) -> None:
         for step in steps:
-            out = step_once(scene, optimizer, tuple(strategy.extras))
+            # The near camera does not see all of them.
+            out = step_once(scene, optimizer, tuple(strategy.extras), 3.0 if step % 3 else 0.5)
             strategy.after_step(step, (step + 1) / self.TOTAL, scene, optimizer, out)
             assert_attached(scene, optimizer)
 
@@ -530,7 +536,8 @@ class TestEveryStrategy:
     def test_the_cap_holds(self, name: str) -> None:
         scene, optimizer, strategy = self.start(name)
         self.go(scene, optimizer, strategy, range(50))
-        assert scene.num_primitives == (40 if name == "fixed" else 64)
+        assert scene.num_primitives <= 90
+        assert scene.num_primitives == 40 if name == "fixed" else scene.num_primitives > 60
 
     def test_a_cap_of_nothing_is_refused(self, name: str) -> None:
         scene, _, strategy = self.start(name)

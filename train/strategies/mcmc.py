@@ -96,9 +96,9 @@ class Mcmc(Fixed):
         rotations = rotation_matrices(scene.quats[faint])
         variances = (2 * scene.log_scales[faint]).exp()
         normals = torch.randn(len(faint), 3, generator=self.generator, device=scene.means.device)
-        local = torch.einsum("nji,nj->ni", rotations, normals) * variances
-        noise = torch.einsum("nij,nj->ni", rotations, local) * (gates * (lr * self.config.noise))[:, None]
-        scene.means.index_add_(0, faint, noise)
+        # Normals turned into the Gaussian's axes are normals, so the covariance's first rotation can be left out.
+        local = normals * variances * (gates * (lr * self.config.noise))[:, None]
+        scene.means.index_add_(0, faint, torch.einsum("nij,nj->ni", rotations, local))
 
 
 def divided(opacities: Tensor, scales: Tensor, copies: Tensor) -> tuple[Tensor, Tensor]:
