@@ -14,6 +14,8 @@ Array = NDArray[np.float32]
 
 _COARSEST = 32  # cells a side of the bounds at the first level
 _VIEWS = 48  # silhouettes used, evenly spread over the capture
+_FINE = 4.0  # pixels across a cell that is small enough if there are cells enough
+_FINEST = 1.5  # pixels across a cell that is not divided any more
 _SHADE_BIN = 3  # pixels a side of the depth buffer that decides which views see a cell
 
 
@@ -61,11 +63,13 @@ def hull_points(views: Views, aabb: NDArray, count: int, seed: int) -> tuple[Arr
     while silhouettes:
         depth_inside = _depth_inside(cells, silhouettes, float(np.linalg.norm(size)) / 2)
         surface = cells[np.abs(depth_inside) <= 1]
-        # enough cells, or cells already finer than pixels
-        if len(surface) >= count / 2 or len(surface) == 0 or _pixels(cells, silhouettes[0], size) < 1:
+        if len(surface) == 0:
+            break
+        width = _pixels(surface, silhouettes[0], size)
+        if (width < _FINE and len(surface) >= count / 2) or width < _FINEST:
             break
         corners = np.stack(np.meshgrid(*[(-0.25, 0.25)] * 3, indexing="ij"), -1).reshape(1, 8, 3).astype(np.float32)
-        cells = (cells[depth_inside >= -1][:, None] + corners * size).reshape(-1, 3)
+        cells = (surface[:, None] + corners * size).reshape(-1, 3)
         size = size / 2
     if len(surface) == 0:
         return surface, np.empty((0, 3), np.uint8)
