@@ -89,7 +89,9 @@ class State:
         """One update of the named parameters with our kernel."""
         for name, parameter, moments in zip(WIDTHS, self.parameters, self.moments, strict=True):
             if name in names and parameter.grad is not None:
-                adam_step(parameter, parameter.grad, *moments, lr=1e-3, betas=(0.9, 0.999), eps=1e-15, step=9, rows=rows)
+                adam_step(
+                    parameter, parameter.grad, *moments, lr=1e-3, betas=(0.9, 0.999), eps=1e-15, step=9, rows=rows
+                )
 
 
 def time_adam(count: int, runs: int) -> dict[str, float]:

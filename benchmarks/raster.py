@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -163,10 +164,13 @@ def main() -> None:
         scene = make_scene(count, width, height)
         generator = torch.Generator().manual_seed(1)
         shape = (1, height, width)
-        upstream = {k: torch.randn(*shape, *dims, generator=generator) for k, dims in (("rgb", (3,)), ("alpha", ()), ("depth", ()))}
-        contenders = {name: lambda full=full: our_run(scene, upstream, full) for name, full in (("lean", False), ("full", True))}
+        upstream = {
+            k: torch.randn(*shape, *dims, generator=generator)
+            for k, dims in (("rgb", (3,)), ("alpha", ()), ("depth", ()))
+        }
+        contenders = {name: partial(our_run, scene, upstream, full) for name, full in (("lean", False), ("full", True))}
         if context is not None:
-            contenders = {"prototype": lambda: prototype_run(context, scene, upstream)} | contenders
+            contenders = {"prototype": partial(prototype_run, context, scene, upstream)} | contenders
         results[size] = report(size, measure(contenders, options.runs))
     if options.out:
         options.out.write_text(json.dumps(results, indent=1) + "\n")

@@ -19,8 +19,10 @@ from prismfield.export.assets import SplatAsset
 from prismfield.export.verify import write_verified
 
 _TYPES = {
-    **dict(char="i1", uchar="u1", short="i2", ushort="u2", int="i4", uint="u4", float="f4", double="f8"),
-    **dict(int8="i1", uint8="u1", int16="i2", uint16="u2", int32="i4", uint32="u4", float32="f4", float64="f8"),
+    **{"char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2"},
+    **{"int": "i4", "uint": "u4", "float": "f4", "double": "f8"},
+    **{"int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2"},
+    **{"int32": "i4", "uint32": "u4", "float32": "f4", "float64": "f8"},
 }
 _LAYOUT = ("x", "y", "z", "f_dc_0", "f_dc_1", "f_dc_2", "opacity")
 _SCALES = ("scale_0", "scale_1", "scale_2")

@@ -64,7 +64,9 @@ class Cameras:
 
     def resized(self, width: int, height: int) -> Self:
         """The same view over `width` x `height` pixels; intrinsics scale by the exact ratio of each axis."""
-        scale = torch.tensor([width / self.width, height / self.height, 1.0], dtype=self.Ks.dtype, device=self.Ks.device)
+        scale = torch.tensor(
+            [width / self.width, height / self.height, 1.0], dtype=self.Ks.dtype, device=self.Ks.device
+        )
         return replace(self, Ks=self.Ks * scale[None, :, None], width=width, height=height)
 
     def rays(self, pixels: Tensor) -> tuple[Tensor, Tensor]:

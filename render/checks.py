@@ -25,5 +25,7 @@ def check_shapes(**arguments: tuple[Tensor, str]) -> dict[str, int]:
         )
         if not fits:
             known = ", ".join(f"{axis}={length}" for axis, length in bound.items())
-            raise ValueError(f"{name}: expected [{', '.join(axes)}]{f' with {known}' if known else ''}, got {list(shape)}")
+            raise ValueError(
+                f"{name}: expected [{', '.join(axes)}]{f' with {known}' if known else ''}, got {list(shape)}"
+            )
     return bound

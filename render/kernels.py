@@ -40,7 +40,11 @@ def load_kernels(wanted: str) -> tuple[Any, str]:
         supported = _import(f"_kernels_{built[-1]}").cpu_level() if built else 0
         usable = [level for level in built if int(level[1:]) <= supported]
         if wanted and wanted not in usable:
-            reason = f"the processor supports x86-64-v{supported}" if wanted in built else "this installation has no such build"
+            reason = (
+                f"the processor supports x86-64-v{supported}"
+                if wanted in built
+                else "this installation has no such build"
+            )
             raise ValueError(f"PRISMFIELD_KERNELS={wanted}: {reason}; usable: {', '.join(['reference', *usable])}")
         if usable:
             level = wanted or usable[0]
@@ -64,7 +68,9 @@ def _why_missing() -> str:
     for folder in folders or ():
         note = Path(folder) / "_kernels_missing.txt"
         if note.is_file():
-            return f"{note.read_text().strip()}; mend that and run pip install --force-reinstall --no-deps again"
+            return (
+                f"{note.read_text().strip()}; then repeat pip install, with --force-reinstall --no-cache-dir --no-deps"
+            )
     return "this installation has none; install with pip, with a C++20 compiler at hand"
 
 

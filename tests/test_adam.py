@@ -131,7 +131,10 @@ def test_bad_input() -> None:
 class TestFusedAdam:
     def test_follows_torch(self) -> None:
         ours, theirs = make_scene(), make_scene()
-        optimizers = FusedAdam(groups(ours), betas=(0.9, 0.99)), torch.optim.Adam(groups(theirs), betas=(0.9, 0.99), eps=1e-15)
+        optimizers = (
+            FusedAdam(groups(ours), betas=(0.9, 0.99)),
+            torch.optim.Adam(groups(theirs), betas=(0.9, 0.99), eps=1e-15),
+        )
         for _ in range(5):
             for scene, optimizer in zip((ours, theirs), optimizers, strict=True):
                 optimizer.zero_grad(set_to_none=True)
@@ -144,7 +147,9 @@ class TestFusedAdam:
         """Only seen rows move, in the parameters that have one a primitive; a group may opt out."""
         scene = make_scene()
         scene.extra = nn.Parameter(torch.ones(6, 2))
-        optimizer = FusedAdam([*groups(scene)[:2], {"name": "extra", "params": [scene.extra], "lr": 0.1, "sparse": False}])
+        optimizer = FusedAdam(
+            [*groups(scene)[:2], {"name": "extra", "params": [scene.extra], "lr": 0.1, "sparse": False}]
+        )
         before = {name: value.detach().clone() for name, value in scene.named_parameters()}
         (error(scene) + scene.extra.sum()).backward()
         rows = torch.tensor([True, False, True, False, False, True])
@@ -210,7 +215,10 @@ def make_scene() -> nn.Module:
 
 
 def groups(scene: nn.Module) -> list[dict]:
-    return [{"name": name, "params": [value], "lr": 0.1 / (i + 1)} for i, (name, value) in enumerate(scene.named_parameters())]
+    return [
+        {"name": name, "params": [value], "lr": 0.1 / (i + 1)}
+        for i, (name, value) in enumerate(scene.named_parameters())
+    ]
 
 
 def error(scene: nn.Module) -> Tensor:

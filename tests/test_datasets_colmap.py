@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from prismfield.datasets.colmap import find_model, read_colmap, read_model
 from prismfield.datasets.scenes import load_scene
 
@@ -111,11 +112,15 @@ def test_camera_models(
 @pytest.mark.parametrize("binary", [True, False])
 def test_unknown_camera_model_is_refused(tmp_path: Path, binary: bool) -> None:
     root = write_colmap(tmp_path, binary=binary, model=("EQUIRECTANGULAR", 17, (40.0, 24.0)))
-    with pytest.raises(ValueError, match=r"cameras\.(bin|txt): camera 7: camera model (17|EQUIRECTANGULAR) is not supp"):
+    with pytest.raises(
+        ValueError, match=r"cameras\.(bin|txt): camera 7: camera model (17|EQUIRECTANGULAR) is not supp"
+    ):
         load_scene(str(root))
 
 
-@pytest.mark.parametrize(("focal", "said"), [(0.0, "fx: .*got 0"), (-5.0, "fx: .*got -5"), (float("nan"), "finite parame")])
+@pytest.mark.parametrize(
+    ("focal", "said"), [(0.0, "fx: .*got 0"), (-5.0, "fx: .*got -5"), (float("nan"), "finite parame")]
+)
 def test_unusable_focal_length_is_refused(tmp_path: Path, focal: float, said: str) -> None:
     root = write_colmap(tmp_path, binary=True, model=("PINHOLE", 1, (focal, FY, CX, CY)))
     with pytest.raises(ValueError, match=said):
@@ -222,5 +227,5 @@ def test_masks_in_both_spellings(tmp_path: Path) -> None:
     assert masks["001.png"] == root / "masks" / "001.png.png" and masks["002.png"] == root / "masks" / "002.png"
     assert masks["003.png"] is None
     write_image(root / "masks" / "003.png", 0, size=(HEIGHT, WIDTH))
-    with pytest.raises(ValueError, match="mask of 24x40, but 003.png is 40x24"):
+    with pytest.raises(ValueError, match=r"mask of 24x40, but 003\.png is 40x24"):
         load_scene(str(root))

@@ -8,7 +8,9 @@ import cv2
 import numpy as np
 import pytest
 from PIL import Image
+
 from prismfield.datasets.images import decode, find_image, read_depth, read_info, read_mask, shrink, srgb_encode
+
 from .tiny_captures import write_image
 
 

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+
 from prismfield.datasets.base import Frame, SceneData
 from prismfield.datasets.hull import hull_points
 from prismfield.datasets.initial import initial_points

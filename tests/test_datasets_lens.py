@@ -5,6 +5,7 @@ from __future__ import annotations
 import cv2
 import numpy as np
 import pytest
+
 from prismfield.datasets.colmap import ColmapCamera, _spec
 from prismfield.datasets.lens import Lens
 
@@ -27,7 +28,24 @@ COLMAP = {
         2,
     ),
     "RAD_TAN_THIN_PRISM_FISHEYE": (
-        (500.0, 520.0, 330.0, 230.0, 0.05, -0.02, 0.003, -0.001, 5e-4, -2e-4, 0.001, -0.002, 0.002, 0.001, -0.003, 0.0015),
+        (
+            500.0,
+            520.0,
+            330.0,
+            230.0,
+            0.05,
+            -0.02,
+            0.003,
+            -0.001,
+            5e-4,
+            -2e-4,
+            0.001,
+            -0.002,
+            0.002,
+            0.001,
+            -0.003,
+            0.0015,
+        ),
         2,
     ),
     "SIMPLE_DIVISION": ((500.0, 330.0, 230.0, -0.1), 1),

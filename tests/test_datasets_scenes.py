@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+
 from prismfield.datasets.base import Frame, SceneFrame
 from prismfield.datasets.normalize import depth_range, estimate_frame, looks_inwards
 from prismfield.datasets.scenes import find_scene, known_scenes, load_scene
@@ -40,7 +41,9 @@ def test_name_lookup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_scene("chair") == Path("chair"), "a path wins over a name"
 
 
-def test_bundled_scene_says_what_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_bundled_scene_says_what_it_is(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PRISMFIELD_DATA", raising=False)
     assert "garden" in known_scenes()
@@ -148,7 +151,9 @@ def test_frame_survives_json_and_round_trips() -> None:
     assert SceneFrame.from_dict(frame.to_dict()) == frame
     xyz = torch.randn(50, 3, dtype=torch.float64) * 100
     torch.testing.assert_close(frame.points_to_user(frame.points_to_scene(xyz)), xyz)
-    torch.testing.assert_close(frame.points_to_scene(torch.tensor([[2.5, -2.0, 300.0]])), torch.tensor([[0.37, 0.0, 0.0]]))
+    torch.testing.assert_close(
+        frame.points_to_scene(torch.tensor([[2.5, -2.0, 300.0]])), torch.tensor([[0.37, 0.0, 0.0]])
+    )
 
 
 def test_scene_is_the_same_wherever_the_user_put_it(tmp_path: Path) -> None:

@@ -11,8 +11,10 @@ import cv2
 import numpy as np
 import pytest
 import torch
+
 from prismfield.datasets.base import SceneData
 from prismfield.datasets.scenes import load_scene
+
 from .tiny_captures import CX, CY, FX, FY, HEIGHT, WIDTH, camtoworlds, transforms, write_image, write_transforms
 
 
@@ -37,7 +39,12 @@ def test_poses_and_intrinsics_arrive(tmp_path: Path) -> None:
         np.testing.assert_allclose(poses[f"{i:03d}.png"], expected, atol=1e-5)
     camera = data.train[0].camera
     np.testing.assert_allclose(camera.Ks[0], [[FX, 0, CX], [0, FY, CY], [0, 0, 1]])
-    assert (camera.width, camera.height, camera.model, camera.viewmats.dtype) == (WIDTH, HEIGHT, "pinhole", torch.float32)
+    assert (camera.width, camera.height, camera.model, camera.viewmats.dtype) == (
+        WIDTH,
+        HEIGHT,
+        "pinhole",
+        torch.float32,
+    )
     assert data.warnings == []
 
 
@@ -111,7 +118,9 @@ def test_nerfstudio_file_lists_are_the_split(tmp_path: Path) -> None:
 
 def test_named_cloud_is_read(tmp_path: Path) -> None:
     rows = "".join(f"{i} {2 * i} -1 255 0 {i}\n" for i in range(12))
-    header = "".join(f"property float {a}\n" for a in "xyz") + "".join(f"property uchar {c}\n" for c in ("red", "green", "blue"))
+    header = "".join(f"property float {a}\n" for a in "xyz") + "".join(
+        f"property uchar {c}\n" for c in ("red", "green", "blue")
+    )
     ply = f"ply\nformat ascii 1.0\nelement vertex 12\n{header}end_header\n{rows}"
     write_transforms(tmp_path, transforms(ply_file_path="cloud.ply"))
     (tmp_path / "cloud.ply").write_text(ply)

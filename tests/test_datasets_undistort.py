@@ -6,6 +6,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+
 from prismfield.datasets.lens import LENSES, Lens
 from prismfield.datasets.undistort import MAX_TANGENT, lens_of, pinhole_target, undistortion
 from prismfield.render.cameras import Cameras
@@ -15,7 +16,20 @@ COEFFICIENTS = {
     "opencv": (0.25, -0.2, -0.008, 0.01, 0.02, 0.05, -0.02, 0.01),
     "fisheye": (0.05, -0.02, 0.003, -0.001),
     "thin_prism_fisheye": (0.05, -0.02, 0.002, -0.003, 0.003, -0.001, 0.002, -0.003),
-    "rad_tan_thin_prism_fisheye": (0.05, -0.02, 0.003, -0.001, 5e-4, -2e-4, 0.002, -0.002, 0.002, 0.001, -0.003, 0.0015),
+    "rad_tan_thin_prism_fisheye": (
+        0.05,
+        -0.02,
+        0.003,
+        -0.001,
+        5e-4,
+        -2e-4,
+        0.002,
+        -0.002,
+        0.002,
+        0.001,
+        -0.003,
+        0.0015,
+    ),
     "fov": (0.9,),
     "division": (-0.12,),
     "eucm": (0.6, 1.1),

@@ -9,6 +9,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+
 from prismfield.datasets import views as views_module
 from prismfield.datasets.images import decode
 from prismfield.datasets.scenes import load_scene

@@ -48,7 +48,9 @@ def transforms(count: int = 9, **shared: Any) -> dict[str, Any]:
     """The JSON object of a capture with `count` frames; images are `images/000.png`, ..."""
     opengl = camtoworlds(count) @ np.diag([1.0, -1.0, -1.0, 1.0])
     table: dict[str, Any] = {"w": WIDTH, "h": HEIGHT, "fl_x": FX, "fl_y": FY, "cx": CX, "cy": CY, **shared}
-    table["frames"] = [{"file_path": f"images/{i:03d}.png", "transform_matrix": m.tolist()} for i, m in enumerate(opengl)]
+    table["frames"] = [
+        {"file_path": f"images/{i:03d}.png", "transform_matrix": m.tolist()} for i, m in enumerate(opengl)
+    ]
     return table
 
 
@@ -121,6 +123,9 @@ def write_colmap(
     for i, (pose, name) in enumerate(zip(poses, names, strict=True)):
         lines += [f"{i + 1} {' '.join(repr(float(p)) for p in pose)} 7 {name}", "3.0 4.0 -1" if i % 2 else ""]
     (sparse / "images.txt").write_text("\n".join(lines) + "\n")
-    rows = [f"{i} {' '.join(repr(float(v)) for v in xyz[i])} {' '.join(map(str, rgb[i]))} 0.5 1 0 2 0" for i in range(points)]
+    rows = [
+        f"{i} {' '.join(repr(float(v)) for v in xyz[i])} {' '.join(map(str, rgb[i]))} 0.5 1 0 2 0"
+        for i in range(points)
+    ]
     (sparse / "points3D.txt").write_text("# 3D point list\n" + "\n".join(rows) + "\n")
     return root

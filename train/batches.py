@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Self
 
+import cv2
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,39 +35,81 @@ class Batch:
     pixels: Tensor | None = None
     """[R, 3] the pixels to draw; None for whole images."""
 
+    @property
+    def rgb_float(self) -> Tensor:
+        """`rgb` in 0..1."""
+        return self.rgb.float() / 255 if self.rgb.dtype == torch.uint8 else self.rgb
+
+    def to(self, device: torch.device) -> Self:
+        """The same batch on `device`."""
+        if self.rgb.device == device:
+            return self
+        moved = {key: getattr(self, key) for key in ("cameras", "rgb", "mask", "depth", "background", "pixels")}
+        return replace(self, **{key: None if value is None else value.to(device) for key, value in moved.items()})
+
 
 class Batches:
     """Training images in a new random order each epoch, at any resolution, decoded ahead."""
 
-    def __init__(self, views: Views, *, background: float, random_background: bool, use_masks: bool, seed: int) -> None:
+    def __init__(
+        self,
+        views: Views,
+        *,
+        background: float,
+        random_background: bool = False,
+        use_masks: bool = True,
+        seed: int = 0,
+        byte_budget: int = 512 << 20,
+    ) -> None:
+        """Nothing is decoded yet.
+
+        Args:
+            views: the training views.
+            background: value behind images with an alpha channel, of all three channels.
+            random_background: draw a new colour behind them each step instead.
+            use_masks: leave masked pixels out.
+            seed: of the order and of the colours.
+            byte_budget: memory for images that were blended or shrunk, beside what `views` keep.
+        """
         self.views = views
         self.background = background
         self.random_background = random_background
         self.use_masks = use_masks
         self.generator = torch.Generator().manual_seed(seed)
         self.order: list[int] = []
-        self._shrunk: dict[tuple[int, int], Batch] = {}
+        """Views still to come in this epoch, the next one last."""
+        self.byte_budget = byte_budget
+        self._made: dict[int, Batch] = {}
+        self._made_bytes = 0
         self._factor = 0
 
     def next(self, factor: int) -> Batch:
-        """The next image, `factor` times smaller."""
+        """The next image, `factor` times smaller.
+
+        Raises:
+            ValueError: its file is damaged.
+        """
         if not self.order:
             self.order = torch.randperm(len(self.views), generator=self.generator).tolist()
         index = self.order.pop()
         if factor != self._factor:
-            self._shrunk.clear()
-            self._factor = factor
-        if not self.random_background and (index, factor) in self._shrunk:
-            return self._shrunk[index, factor]
-        if self.order:
+            self._made.clear()
+            self._made_bytes, self._factor = 0, factor
+        if self.order and self.order[-1] not in self._made:
             self.views.prefetch(self.order[-1])
+        if index in self._made:
+            return self._made[index]
         view = self.views[index]
+        is_blended = view.alpha is not None
         shade = torch.full((1, 3), self.background)
-        if self.random_background and view.alpha is not None:
+        if self.random_background and is_blended:
             shade = torch.rand(1, 3, generator=self.generator)
         batch = make_batch(view, index, shade, factor, self.use_masks)
-        if factor > 1 and not self.random_background:
-            self._shrunk[index, factor] = batch  # at most 1/4 of the pixels, so of the memory, of the whole set
+        size = batch.rgb.numel() * batch.rgb.element_size()
+        is_new = factor > 1 or is_blended  # otherwise the pixels are the view's own
+        if is_new and not (self.random_background and is_blended) and self._made_bytes + size <= self.byte_budget:
+            self._made[index] = batch
+            self._made_bytes += size
         return batch
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -81,15 +126,15 @@ def make_batch(view: View, index: int, background: Tensor, factor: int = 1, use_
     """The view over `background` [1, 3], averaged over `factor` x `factor` pixels; it must have at least that many."""
     rgb = composited(view, background[0])
     mask = view.mask if use_masks else None
-    depth = view.depth
-    camera = view.camera
+    depth, camera = view.depth, view.camera
     if factor > 1:
         height, width = rgb.shape[0] // factor, rgb.shape[1] // factor
-        rgb = _shrink(rgb, height, width, factor)
         # Trailing rows and columns that fill no block are cut off, so the intrinsics scale by the factor itself.
         scale = torch.tensor([1 / factor, 1 / factor, 1.0])[None, :, None]
         camera = replace(camera, Ks=camera.Ks * scale, width=width, height=height)
-        mask = None if mask is None else _blocks(mask, height, width, factor).all(-1)
+        rgb = _block_means(rgb, height, width, factor)
+        # Those with a masked pixel in them do not count.
+        mask = None if mask is None else _block_means(mask.to(torch.uint8) * 255, height, width, factor) == 255
         depth = None if depth is None else depth[factor // 2 :: factor, factor // 2 :: factor][:height, :width]
     return Batch(
         cameras=camera,
@@ -105,19 +150,13 @@ def composited(view: View, background: Tensor) -> Tensor:
     """[H, W, 3] the view's colours, over `background` [3] where it has an alpha channel; uint8 stays uint8."""
     if view.alpha is None:
         return view.rgb
-    top = view.rgb.dtype == torch.uint8
-    rgb, alpha = (t.float() / 255 if top else t for t in (view.rgb, view.alpha))
-    blended = rgb * alpha[..., None] + background * (1 - alpha[..., None])
-    return (blended * 255).round().to(torch.uint8) if top else blended
+    is_bytes = view.rgb.dtype == torch.uint8
+    rgb, alpha = (values.float() / 255 if is_bytes else values for values in (view.rgb, view.alpha))
+    blended = torch.lerp(background.expand_as(rgb), rgb, alpha[..., None])
+    return (blended * 255).round().to(torch.uint8) if is_bytes else blended
 
 
-def _blocks(image: Tensor, height: int, width: int, factor: int) -> Tensor:
-    """[height, width, ..., factor^2] the pixels of each block."""
-    cut = image[: height * factor, : width * factor]
-    blocks = cut.unflatten(1, (width, factor)).unflatten(0, (height, factor)).movedim(1, -1).movedim(2, -1)
-    return blocks.flatten(-2)
-
-
-def _shrink(rgb: Tensor, height: int, width: int, factor: int) -> Tensor:
-    mean = _blocks(rgb, height, width, factor).float().mean(-1)
-    return mean.round().to(torch.uint8) if rgb.dtype == torch.uint8 else mean
+def _block_means(image: Tensor, height: int, width: int, factor: int) -> Tensor:
+    """[height, width, ...] mean of each block of `factor` x `factor` pixels."""
+    cut = np.ascontiguousarray(image.numpy()[: height * factor, : width * factor])
+    return torch.from_numpy(cv2.resize(cut, (width, height), interpolation=cv2.INTER_AREA))

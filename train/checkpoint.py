@@ -4,45 +4,53 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-_TENSORS, _STATE, _PART = "tensors.safetensors", "state.json", ".part"
+TENSORS, STATE = "tensors.safetensors", "state.json"
+_PART = ".part"
+
+log = logging.getLogger("prismfield")
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int = 2) -> Path:
     """Write `folder`/step_N, then drop all but the newest `keep`.
 
-    Both files go to a temporary folder that is renamed when they are on the disk, so that a process killed at any moment
-    leaves the older checkpoints as they were.
+    Both files go to a temporary folder that is renamed once they are on the disk, so that a process killed at any moment
+    leaves the older checkpoints as they were. A whole checkpoint of this step that is there already stays as it is.
 
     Raises:
         OSError: the disk is full or cannot be written; what was begun is removed.
     """
-    target, part = folder / f"step_{step:08d}", folder / f"step_{step:08d}{_PART}"
+    target = folder / f"step_{step:08d}"
+    if target.exists():
+        if _problem(target) is None:
+            return target
+        shutil.rmtree(target)
     folder.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(part, ignore_errors=True)
+    for left in folder.glob(f"*{_PART}"):  # by a process that was killed
+        shutil.rmtree(left, ignore_errors=True)
+    part = target.with_name(target.name + _PART)
     try:
         part.mkdir()
-        try:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, part / _TENSORS)
-        except Exception as error:  # safetensors reports a full disk as an exception of its own
-            raise OSError(f"{part / _TENSORS}: cannot be written ({error})") from None
-        digest = _sha256(part / _TENSORS)
-        (part / _STATE).write_text(json.dumps(state | {"step": step, "sha256": digest}))
-        for path in (part / _TENSORS, part / _STATE, part):
+        _write_tensors(part / TENSORS, tensors)
+        content = state | {"step": step, "sha256": _sha256(part / TENSORS)}
+        text = json.dumps(content | {"state_sha256": _digest(content)})
+        (part / STATE).write_text(text, encoding="utf-8")
+        for path in (part / TENSORS, part / STATE, part):
             _sync(path)
-        shutil.rmtree(target, ignore_errors=True)
         part.rename(target)
-    except OSError:
+        _sync(folder)
+    except BaseException:  # a second Ctrl-C too
         shutil.rmtree(part, ignore_errors=True)
         raise
-    _sync(folder)
     for old in checkpoints(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return target
@@ -61,15 +69,40 @@ def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     problems = []
     for path in reversed(checkpoints(folder)):
-        try:
-            state = json.loads((path / _STATE).read_text())
-            if _sha256(path / _TENSORS) != state["sha256"]:
-                raise ValueError("the tensors are not those that were saved")
-            return load_file(path / _TENSORS), state
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            problems.append(f"{path.name}: {error}")
-    detail = f" ({'; '.join(problems)})" if problems else ""
+        problem = _problem(path)
+        if problem is None:
+            for line in problems:
+                log.warning("passed over a damaged checkpoint: %s", line)
+            return load_file(path / TENSORS), json.loads((path / STATE).read_text(encoding="utf-8"))
+        problems.append(f"{path.name}: {problem}")
+    detail = f" ({'; '.join(problems)})" if problems else ", it ended before its first one"
     raise ValueError(f"{folder}: no whole checkpoint{detail}")
+
+
+def _problem(path: Path) -> str | None:
+    """What is wrong with a checkpoint; None if it is whole."""
+    try:
+        content = json.loads((path / STATE).read_text(encoding="utf-8"))
+        if content.pop("state_sha256") != _digest(content):
+            return f"{STATE} is not as it was written"
+        if _sha256(path / TENSORS) != content["sha256"]:
+            return f"{TENSORS} is not as it was written"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"{STATE} cannot be read ({error})"
+    return None
+
+
+def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path)
+    except SafetensorError as error:  # how a full disk arrives here
+        raise OSError(f"{path}: cannot be written ({error})") from None
+
+
+def _digest(content: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _sha256(path: Path) -> str:
@@ -81,7 +114,7 @@ def _sync(path: Path) -> None:
     """Wait until the file or folder is on the disk."""
     if os.name == "nt" and path.is_dir():
         return  # Windows cannot open folders
-    descriptor = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

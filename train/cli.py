@@ -1,14 +1,16 @@
-"""render-train: photographs with poses in, a trained scene out."""
+"""render-train: photographs with known cameras in, a trained scene out."""
 
 from __future__ import annotations
 
 import logging
 import os
+import sys
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from prismfield.cli import run_cli
-from prismfield.train.config import TrainConfig, check_config, parse_arguments
+from prismfield.train.config import TrainConfig, check_config, parse_arguments, resolved
 
 if TYPE_CHECKING:
     import torch
@@ -20,77 +22,113 @@ log = logging.getLogger("prismfield")
 
 def main() -> NoReturn:
     """The command `render-train`."""
-    run_cli(lambda: train_command(parse_arguments()))
+    run_cli(_main)
 
 
-def train_command(config: TrainConfig) -> int:
-    """Train as `config` says, measure, and report; returns the exit code."""
+def _main() -> int:
+    config = parse_arguments()
+    show_log()
+    folder, finished = train_run(config)
+    if finished:
+        return 0
+    log.info("stopped; go on with: render-train --resume %s", folder)
+    return 0 if config.pause_at is not None and _last_step(folder) == config.pause_at else 130
+
+
+def train_run(config: TrainConfig) -> tuple[Path, bool]:
+    """Train as `config` says, measure, and report.
+
+    Returns:
+        The run's folder, and whether the training reached its end; if not, Ctrl-C, SIGTERM or `pause_at` stopped it, and
+        its state is saved.
+
+    Raises:
+        FileNotFoundError: the scene, or the run to go on with, is not there.
+        ValueError: an option, the scene's files or the checkpoint cannot be used, or the numbers ran away.
+        OSError: the run's folder cannot be written.
+    """
+    began = time.monotonic()
+    config = resolved(config)
     check_config(config)
-    _show_log()
-    from prismfield.train.run import read_config
-    from prismfield.train.session import check_resumed
-
-    folder = config.resume
-    if folder is not None:
-        config = check_resumed(config, read_config(folder))
-        check_config(config)
-    device = choose_device(config.device)
-    use_threads(config.threads)
-    choose_backend(config.backend, device)
-    return _run(config, folder, device)
-
-
-def _run(config: TrainConfig, folder: Path | None, device: torch.device) -> int:
-    from prismfield.render.kernels import description
+    from prismfield.train.folder import check_unused, new_folder, write_config
     from prismfield.train.loop import train
     from prismfield.train.progress import Progress
-    from prismfield.train.run import new_folder
     from prismfield.train.session import start_session
 
-    session = start_session(config, device)
-    for warning in session.data.warnings:
-        log.warning("%s", warning)
-    if folder is None:
+    if config.resume is None:
+        check_unused(config.out)  # before a minute goes into reading
+    device = choose_device(config.device, config.backend)
+    use_threads(config.threads)
+    kernels = use_backend(config.backend, device)
+    log.info("computed by %s", kernels)
+    session = start_session(config, device, config.resume)
+    _describe(session)
+    if config.resume is None:
         folder = new_folder(config, session.data.name)
     else:
-        session.restore(folder)
-        log.info("going on from step %d", session.clock.step)
-    log.info("run folder %s; rasterizer: %s", folder, description if device.type == "cpu" else "reference on " + str(device))
+        folder = config.resume
+        _check_unfinished(session, folder)
+        write_config(folder, config)
+        log.info("going on at step %d", session.clock.step)
+    log.info("run folder %s", folder)
     viewer = _open_viewer(session, folder) if config.viewer else None
-    with Progress(folder, tensorboard=config.log.tensorboard) as progress:
+    with Progress(folder, session) as progress:
         finished = train(session, folder, progress, viewer)
+        if finished:
+            _finish(session, folder, progress, began, kernels)
     if viewer is not None:
         viewer.close()
-    if not finished:
-        log.info("stopped at step %d; go on with --resume %s", session.clock.step, folder)
-        return 0 if session.clock.step == config.pause_at else 130
-    _finish(session, folder)
-    return 0
+    return folder, finished
 
 
-def _finish(session: Session, folder: Path) -> None:
+def _describe(session: Session) -> None:
+    data, views = session.data, session.train_views
+    width, height = views.size(0)
+    count = getattr(session.scene, "num_primitives", 0)
+    log.info(
+        "%s: %d images for training, %d for testing (%s), the first %dx%d; %d primitives",
+        data.name, len(data.train), len(data.test), data.split, width, height, count,
+    )  # fmt: skip
+
+
+def _check_unfinished(session: Session, folder: Path) -> None:
+    from prismfield.train.folder import REPORT
+
+    if session.clock.done and (folder / REPORT).exists():
+        end = f"{session.clock.step} steps, {session.clock.seconds / 60:.1f} minutes"
+        raise ValueError(f"--resume {folder}: the run is finished ({end}); give it more --steps or --minutes to go on")
+
+
+def _finish(session: Session, folder: Path, progress: Any, began: float, kernels: str) -> None:
     """Measure the test views, write pictures and the report."""
-    from prismfield.train.evaluate import evaluate_views, mean, save_side_by_side
+    from prismfield.train.evaluate import save_side_by_side
+    from prismfield.train.folder import REPORT, TEST
+    from prismfield.train.loop import evaluate_session
     from prismfield.train.report import write_report
-    from prismfield.train.run import REPORT, TEST
 
-    options: dict[str, Any] = {"use_masks": session.config.data.masks, "device": session.device}
-    results = []
-    for result in evaluate_views(session.scene, session.test_views, session.background, **options):
+    results = evaluate_session(session)
+    progress.tested(session, results)
+    for result in results:
         save_side_by_side(result, folder / TEST)
-        results.append(result)
-    write_report(session, folder, results)
-    quality = f"test PSNR {mean(results, lambda r: r.psnr):.2f} dB, " if results else ""
-    log.info("%strained %.1f s; report: %s", quality, session.clock.seconds, folder / REPORT)
+    seconds = time.monotonic() - began
+    write_report(session, folder, results, seconds=seconds, kernels=kernels)
+    log.info("trained %.1f s of %.1f s in all; report: %s", session.clock.seconds, seconds, folder / REPORT)
 
 
 def _open_viewer(session: Session, folder: Path) -> Any:
     from prismfield.viewer.live import LiveViewer  # not at the top: the viewer builds on train
 
-    return LiveViewer(folder.name, session.scene, session.data, session.train_views, session.test_views)
+    return LiveViewer(folder.name, session.scene, session.data, port=session.config.viewer_port)
 
 
-def choose_device(wanted: str) -> torch.device:
+def _last_step(folder: Path) -> int:
+    from prismfield.train.checkpoint import checkpoints
+    from prismfield.train.folder import CHECKPOINTS
+
+    return int(checkpoints(folder / CHECKPOINTS)[-1].name.removeprefix("step_"))
+
+
+def choose_device(wanted: str, backend: str = "auto") -> torch.device:
     """The device to train on.
 
     Raises:
@@ -100,35 +138,59 @@ def choose_device(wanted: str) -> torch.device:
 
     available = torch.cuda.is_available()
     if wanted == "cuda" and not available:
-        raise ValueError("--device cuda: this PyTorch finds no CUDA device; leave the option out to train on the CPU")
-    return torch.device("cuda" if wanted != "cpu" and available else "cpu")
+        raise ValueError(
+            f"--device cuda: PyTorch {torch.__version__} finds no CUDA device; --device cpu trains without one"
+        )
+    # Of ours, only the plain PyTorch reference runs on CUDA yet, slower than the kernels on the CPU.
+    return torch.device(
+        "cuda" if wanted == "cuda" or (wanted == "auto" and available and backend == "gsplat") else "cpu"
+    )
 
 
-def use_threads(count: int) -> None:
-    """Let torch and the kernels use `count` threads, 0 for all processors."""
+def use_threads(count: int) -> int:
+    """Let torch and the kernels use `count` threads, 0 for every processor of this process; returns how many."""
     import torch
 
     from prismfield.render.kernels import kernels
 
-    count = count or len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else count or os.cpu_count() or 1
+    if count == 0:
+        count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(count)
     if kernels is not None:
         kernels.set_num_threads(count)
+    return count
 
 
-def choose_backend(backend: str, device: torch.device) -> None:
-    """Make `backend` the one that rasterizes.
+def use_backend(backend: str, device: torch.device) -> str:
+    """Make `backend` the one that rasterizes; returns what will compute, in words.
 
     Raises:
         ValueError: it cannot be used here.
     """
-    from prismfield.render import backends
+    import torch
 
-    backends.choose(backend, device)
+    from prismfield.render import backends, kernels
+
+    backends.choose(backend, device)  # type: ignore[arg-type]
+    if backend == "gsplat":
+        return f"gsplat on {device}"
+    if device.type != "cpu":
+        return f"the PyTorch reference on {torch.cuda.get_device_name(device)}: kernels for GPUs come later"
+    if backend == "reference":
+        return "the PyTorch reference, as --backend asks"
+    return f"{kernels.description}, {torch.get_num_threads()} threads"
 
 
-def _show_log() -> None:
-    handler = logging.StreamHandler()
+class _Lines(logging.Handler):
+    """Log lines to wherever stderr goes when they come: a progress bar puts itself between."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr, flush=True)
+
+
+def show_log() -> None:
+    """Show what the package logs, as plain lines."""
+    handler = _Lines()
     handler.setFormatter(logging.Formatter("%(message)s"))
     log.handlers[:] = [handler]
     log.setLevel(logging.INFO)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from dataclasses import dataclass, field
+import shlex
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
-
-import tyro
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from prismfield.representations.config import GaussiansConfig
 from prismfield.train.strategies.config import AdcConfig, McmcConfig
+
+DEFAULT_STEPS = 7000
 
 
 @dataclass(frozen=True)
@@ -19,7 +21,7 @@ class DataConfig:
     """Images and the points to start from."""
 
     cache_mb: int = 2048
-    """Decoded images kept in memory, megabytes; beyond it they are decoded again when needed."""
+    """Memory for images, MiB; those that do not fit are decoded again when needed."""
     points: Literal["auto", "cloud", "triangulate", "random"] = "auto"
     """Where to start: the capture's point cloud; points triangulated from matched features; random ones. "auto" takes
     the first that there is."""
@@ -82,16 +84,19 @@ class LogConfig:
 
     every: int = 50
     """Steps between lines of metrics.jsonl and TensorBoard."""
-    test_times: int = 4
-    """How often a few test views are measured on the way."""
+    tests: int = 4
+    """How often the test views are measured on the way, at equal shares of the training."""
     checkpoint_minutes: float = 5.0
-    """Minutes between checkpoints; the last is always kept."""
+    """Minutes between checkpoints; 0: only at the end. The newest two are kept."""
+    checkpoint_steps: int = 0
+    """Steps between checkpoints; 0: by the clock alone."""
     tensorboard: bool = True
+    """Write TensorBoard's event file beside metrics.jsonl."""
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Train a scene."""
+    """Train a scene from photographs with known cameras."""
 
     scene: str = "garden"
     """A folder with photographs and poses, a name under $PRISMFIELD_DATA, or a bundled scene."""
@@ -101,17 +106,20 @@ class TrainConfig:
     steps: int | None = None
     """Training steps; default 7000 unless `minutes` is given."""
     minutes: float | None = None
-    """Time budget for the training alone; schedules fit themselves to it. With `steps`, whichever ends first."""
+    """Time budget, may be a fraction; schedules fit themselves to it. Counts the time in training steps alone: reading, tests
+    and checkpoints come on top. With `steps`, whichever ends first."""
     out: Path | None = None
-    """The run's folder; default runs/SCENE/TIME."""
+    """The run's folder, new or empty; default runs/SCENE/TIME."""
     downscale: int = 1
     """Use images this many times smaller."""
     eval_every_nth: int | None = None
     """Keep every n-th image for testing (0: none); default: the capture's own split, or every 8th."""
     seed: int = 0
+    """Of everything that is drawn at random."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to train; "auto" takes CUDA where a rasterizer for it is at hand, else the CPU."""
     threads: int = 0
-    """Processor threads; 0 takes all."""
+    """CPU threads; 0 takes every processor that this process may use."""
     backend: Literal["auto", "reference", "gsplat"] = "auto"
     """Who rasterizes: our kernels where there are any, plain PyTorch, or an installed gsplat on CUDA."""
     max_primitives: int = 200_000
@@ -119,11 +127,13 @@ class TrainConfig:
     init: Path | None = None
     """Start from the splats in this .ply instead of from points."""
     resume: Path | None = None
-    """Go on with the run in this folder."""
+    """Go on with the run in this folder, with its options; only when it ends and what is logged may be changed."""
     pause_at: int | None = None
     """Save and stop after this step, as Ctrl-C would; `resume` goes on from there."""
     viewer: bool = False
-    """Open the live view in a browser."""
+    """Serve a live view of the training to the browser."""
+    viewer_port: int = 8080
+    """Of the live view, on this machine."""
     data: DataConfig = field(default_factory=DataConfig)
     gaussians: GaussiansConfig = field(default_factory=GaussiansConfig)
     adc: AdcConfig = field(default_factory=AdcConfig)
@@ -135,34 +145,82 @@ class TrainConfig:
     log: LogConfig = field(default_factory=LogConfig)
 
 
-FREE_ON_RESUME = ("steps", "minutes", "out", "resume", "pause_at", "viewer", "threads", "log", "init", "device")
-"""Fields that a resumed run may change; all others shaped what the checkpoint holds."""
+FREE_ON_RESUME = ("steps", "minutes", "resume", "pause_at", "viewer", "viewer_port", "threads", "log", "data.cache_mb")
+"""Options that may differ when a run goes on; all others shaped what its checkpoints hold."""
 
 
 def check_config(config: TrainConfig) -> None:
     """Raise a ValueError naming the first option that makes no sense."""
-    positive = {
-        "steps": config.steps,
-        "minutes": config.minutes,
-        "downscale": config.downscale,
-        "max_primitives": config.max_primitives,
-        "data.cache_mb": config.data.cache_mb,
-        "data.initial_points": config.data.initial_points,
-        "log.every": config.log.every,
-        "pause_at": config.pause_at,
-    }
-    for name, value in positive.items():
-        if value is not None and not value > 0:
-            raise ValueError(f"{name}: expected a positive number, got {value}")
-    for name, number in {"threads": config.threads, "eval_every_nth": config.eval_every_nth or 0}.items():
-        if number < 0:
-            raise ValueError(f"{name}: expected 0 or more, got {number}")
-    if not 0 <= config.loss.ssim_weight <= 1:
-        raise ValueError(f"loss.ssim_weight: expected 0 to 1, got {config.loss.ssim_weight}")
-    if not 0 <= config.gaussians.sh_degree <= 3:
-        raise ValueError(f"gaussians.sh_degree: expected 0 to 3, got {config.gaussians.sh_degree}")
-    if list(config.schedule.resolution) != sorted(config.schedule.resolution):
-        raise ValueError(f"schedule.resolution: expected rising shares, got {config.schedule.resolution}")
+    infinity, least = float("inf"), 1e-12
+    positive = ("steps", "minutes", "downscale", "max_primitives", "data.cache_mb", "data.initial_points", "log.every")
+    from_zero = (
+        "threads",
+        "seed",
+        "pause_at",
+        "eval_every_nth",
+        "loss.opacity_reg",
+        "loss.scale_reg",
+        "loss.depth_weight",
+    )
+    from_zero += ("schedule.min_side", "log.tests", "log.checkpoint_minutes", "log.checkpoint_steps")
+    limits = dict.fromkeys(positive, (least, infinity)) | dict.fromkeys(from_zero, (0.0, infinity))
+    limits |= {"loss.ssim_weight": (0, 1), "gaussians.sh_degree": (0, 3), "viewer_port": (1, 65535)}
+    for name, value in _options(config):
+        if isinstance(value, float) and not abs(value) < infinity:
+            raise ValueError(f"--{_flag(name)}: expected a finite number, got {value}")
+        low, high = limits.get(name, (-infinity, infinity))
+        if isinstance(value, int | float) and not low <= value <= high:
+            expected = f"{low} to {high}" if high < infinity else "a positive number" if low == least else "0 or more"
+            raise ValueError(f"--{_flag(name)}: expected {expected}, got {value}")
+    shares = config.schedule.resolution
+    if list(shares) != sorted(shares) or any(not 0 <= share <= 1 for share in shares):
+        raise ValueError(f"--schedule.resolution: expected rising shares between 0 and 1, got {shares}")
+
+
+def resolved(config: TrainConfig) -> TrainConfig:
+    """The same training with every default that depends on another option spelled out."""
+    reg = 0.01 if config.strategy == "mcmc" else 0.0
+    loss = config.loss
+    loss = replace(
+        loss,
+        opacity_reg=reg if loss.opacity_reg is None else loss.opacity_reg,
+        scale_reg=reg if loss.scale_reg is None else loss.scale_reg,
+    )
+    steps = DEFAULT_STEPS if config.steps is None and config.minutes is None else config.steps
+    return replace(config, steps=steps, loss=loss)
+
+
+def changed_options(old: TrainConfig, new: TrainConfig) -> list[str]:
+    """Dotted names of the options that differ."""
+    before = dict(_options(old))
+    return [name for name, value in _options(new) if before[name] != value]
+
+
+def check_resumed(config: TrainConfig, saved: TrainConfig) -> None:
+    """Raise a ValueError naming the options of `config` that must be as they were in the `saved` run and are not."""
+    free = tuple(f"{name}." for name in FREE_ON_RESUME)
+    if changed := [name for name in changed_options(saved, config) if not f"{name}.".startswith(free)]:
+        before, now = dict(_options(saved)), dict(_options(config))
+        details = ", ".join(f"--{_flag(name)} {now[name]} (was {before[name]})" for name in changed)
+        raise ValueError(f"--resume {config.resume}: cannot go on with {details}; leave that out or start a new run")
+
+
+def command_line(config: TrainConfig) -> str:
+    """The command that trains with this (resolved) config."""
+    first = TrainConfig()
+    # What else is by default depends on these two.
+    defaults = dict(_options(resolved(replace(first, strategy=config.strategy, minutes=config.minutes))))
+    defaults |= {"scene": None, "strategy": first.strategy, "minutes": first.minutes}
+    words = ["render-train"]
+    for name, value in _options(config):
+        if value == defaults[name] or name in ("out", "resume", "pause_at"):
+            continue
+        if isinstance(value, bool):
+            *group, last = _flag(name).split(".")
+            words.append(f"--{'.'.join([*group, last if value else f'no-{last}'])}")
+        else:
+            words += [f"--{_flag(name)}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    return shlex.join(words)
 
 
 def to_json(config: TrainConfig) -> str:
@@ -171,10 +229,10 @@ def to_json(config: TrainConfig) -> str:
 
 
 def from_json(text: str, source: str) -> TrainConfig:
-    """The config that `to_json` wrote; fields that it lacks take their defaults.
+    """The config that `to_json` wrote; options that it lacks take their defaults.
 
     Raises:
-        ValueError: it is not JSON, or has a field that there is not; the message names `source`.
+        ValueError: it is not JSON, or has an option that there is not; the message names `source`.
     """
     try:
         return _build(TrainConfig, json.loads(text))
@@ -199,6 +257,40 @@ def _build(cls: type, values: dict[str, Any]) -> Any:
     return cls(**built)
 
 
+def _options(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of every option, groups opened up."""
+    for part in dataclasses.fields(config):
+        value = getattr(config, part.name)
+        if dataclasses.is_dataclass(value):
+            yield from _options(value, f"{prefix}{part.name}.")
+        else:
+            yield f"{prefix}{part.name}", value
+
+
+def _flag(name: str) -> str:
+    """An option as the command line spells it."""
+    return name.replace("_", "-")
+
+
 def parse_arguments(args: list[str] | None = None) -> TrainConfig:
-    """The config from the command line."""
-    return tyro.cli(Annotated[TrainConfig, tyro.conf.arg(name="")], args=args, prog="render-train")
+    """The config from the command line; with `--resume`, what is not mentioned is as the run has it.
+
+    Raises:
+        ValueError: the run to go on with cannot be, or not with these options.
+    """
+    import argparse
+
+    import tyro
+
+    first = argparse.ArgumentParser("render-train", add_help=False, allow_abbrev=False)
+    first.add_argument("--resume", type=Path)
+    folder = first.parse_known_args(args)[0].resume
+    if folder is None:
+        return tyro.cli(TrainConfig, args=args, prog="render-train")
+    from prismfield.train.folder import read_config
+
+    saved = read_config(folder)
+    # A pause belongs to the command that asked for it.
+    config = tyro.cli(TrainConfig, args=args, prog="render-train", default=replace(saved, pause_at=None, resume=folder))
+    check_resumed(config, saved)
+    return config

@@ -13,17 +13,21 @@ from prismfield.render.cameras import Cameras
 class Exposure(nn.Module):
     """An affine map of the colours for each training image, as in Hierarchical 3D Gaussians (Kerbl et al. 2024).
 
-    Test images have none: they are measured as rendered.
+    Departs from it in that the mean over the images stays the identity, so that what is rendered without a map, as test
+    images are, has the exposure of an average image.
     """
 
     def __init__(self, images: int) -> None:
         super().__init__()
-        self.affine = nn.Parameter(torch.eye(3, 4).repeat(images, 1, 1))
-        """[V, 3, 4], identity at the start."""
+        self.deltas = nn.Parameter(torch.zeros(images, 3, 4))
+        """[V, 3, 4] difference from the identity, before the mean over V is taken off."""
 
     def forward(self, rgb: Tensor, index: int) -> Tensor:
         """Rendered [C, H, W, 3] as image `index` would have recorded it."""
-        return rgb @ self.affine[index, :, :3].T + self.affine[index, :, 3]
+        # The mean is detached: else Adam, which scales gradients up, would move every image's map in every step.
+        delta = self.deltas[index] - self.deltas.detach().mean(0)
+        affine = delta + torch.eye(3, 4, device=delta.device)
+        return rgb @ affine[:, :3].T + affine[:, 3]
 
 
 class PoseDeltas(nn.Module):

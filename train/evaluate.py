@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import imageio.v3 as imageio
+import cv2
 import torch
 from torch import Tensor
 
@@ -15,6 +15,7 @@ from prismfield.datasets.views import Views
 from prismfield.render.ops.ssim import photometric_loss
 from prismfield.representations.base import Representation
 from prismfield.train.batches import make_batch
+from prismfield.train.folder import write_bytes
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def evaluate_views(
         began = time.perf_counter()
         rgb = scene.render(batch.cameras.to(device), background=batch.background.to(device)).rgb.cpu().clamp(0, 1)
         seconds = time.perf_counter() - began
-        truth = batch.rgb.float() / 255 if batch.rgb.dtype == torch.uint8 else batch.rgb
+        truth = batch.rgb_float
         ssim = float(photometric_loss(rgb, truth, 1.0, batch.mask)[2])
         mask = None if batch.mask is None else batch.mask[0]
         name = views.frame(index).name
@@ -75,6 +76,13 @@ def psnr(rgb: Tensor, truth: Tensor, mask: Tensor | None = None) -> float:
     return float(-10 * errors.mean().clamp(min=1e-10).log10())
 
 
+def mean_scores(results: Collection[ViewResult]) -> dict[str, float]:
+    """Mean of each score over the views; empty if there are none."""
+    if not results:
+        return {}
+    return {name: sum(getattr(r, name) for r in results) / len(results) for name in ("psnr", "ssim")}
+
+
 def save_side_by_side(result: ViewResult, folder: Path) -> Path:
     """Write `folder`/NAME.png: render on the left, photograph on the right."""
     path = folder / f"{Path(result.name).with_suffix('').as_posix().replace('/', '_')}.png"
@@ -85,13 +93,8 @@ def save_side_by_side(result: ViewResult, folder: Path) -> Path:
 def write_image(path: Path, rgb: Tensor) -> None:
     """Write [H, W, 3] in 0..1 as the format of the file name, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.stem}.part{path.suffix}")
-    options = {"quality": 92} if path.suffix.lower() in (".jpg", ".jpeg") else {}
-    imageio.imwrite(part, (rgb.clamp(0, 1) * 255).round().to(torch.uint8).numpy(), **options)
-    part.replace(path)
-
-
-def mean(results: Iterable[ViewResult], value: Callable[[ViewResult], float]) -> float:
-    """Mean over the views; NaN if there are none."""
-    values = [value(result) for result in results]
-    return sum(values) / len(values) if values else float("nan")
+    pixels = (rgb.clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    is_written, data = cv2.imencode(path.suffix, cv2.cvtColor(pixels, cv2.COLOR_RGB2BGR))
+    if not is_written:
+        raise OSError(f"{path}: cannot be encoded")
+    write_bytes(path, data.tobytes())

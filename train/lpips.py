@@ -60,7 +60,9 @@ class Lpips(nn.Module):
         super().__init__()
         self.network: Network = network
         for place, width, out, kernel, *_ in (layer for stage in _STAGES[network] for layer in stage):
-            self.register_buffer(f"weight{place}", _take(trunk, f"features.{place}.weight", (out, width, kernel, kernel)))
+            self.register_buffer(
+                f"weight{place}", _take(trunk, f"features.{place}.weight", (out, width, kernel, kernel))
+            )
             self.register_buffer(f"bias{place}", _take(trunk, f"features.{place}.bias", (out,)))
         for i, stage in enumerate(_STAGES[network]):
             self.register_buffer(f"head{i}", _take(heads, f"lin{i}.model.1.weight", (1, stage[-1][2], 1, 1)))
@@ -79,7 +81,9 @@ class Lpips(nn.Module):
         """
         check_shapes(rgb=(rgb, "C H W 3"), truth=(truth, "C H W 3"))
         if min(rgb.shape[1:3]) < _MIN_SIDE[self.network]:
-            raise ValueError(f"rgb: expected at least {_MIN_SIDE[self.network]} pixels a side for LPIPS, got {list(rgb.shape)}")
+            raise ValueError(
+                f"rgb: expected at least {_MIN_SIDE[self.network]} pixels a side for LPIPS, got {list(rgb.shape)}"
+            )
         if mask is not None:
             rgb = torch.where(mask[..., None], rgb, truth)
         total = rgb.new_zeros(rgb.shape[0])
@@ -118,7 +122,10 @@ def load_lpips(network: Network) -> tuple[Lpips | None, str]:
     heads = [path for folder in _head_folders() if (path := folder / f"{network}.pth").is_file()]
     if not trunks or not heads:
         missing = [name for name, found in ((_TRUNKS[network], trunks), (f"{network}.pth", heads)) if not found]
-        return None, f"LPIPS ({network}) left out: no {' and no '.join(missing)}; put them into a folder and set PRISMFIELD_LPIPS to it"
+        return (
+            None,
+            f"LPIPS ({network}) left out: no {' and no '.join(missing)}; put them into a folder and set PRISMFIELD_LPIPS to it",
+        )
     try:
         return Lpips(network, _read(trunks[0]), _read(heads[0])), f"{trunks[0]}, {heads[0]}"
     except (ValueError, OSError) as error:

@@ -18,7 +18,11 @@ PIXELS_PER_DEGREE = 0.7 * (3840 / 0.7) * math.pi / 180
 """FLIP's default viewer: 0.7 m in front of a display 0.7 m and 3840 pixels wide; 67.02."""
 
 # ITU-R BT.709 primaries and D65: linear RGB to XYZ.
-_RGB_TO_XYZ = ((0.41239080, 0.35758434, 0.18048079), (0.21263901, 0.71516868, 0.07219232), (0.01933082, 0.11919478, 0.95053215))
+_RGB_TO_XYZ = (
+    (0.41239080, 0.35758434, 0.18048079),
+    (0.21263901, 0.71516868, 0.07219232),
+    (0.01933082, 0.11919478, 0.95053215),
+)
 # FLIP, table 1: (a1, b1, a2, b2) of each channel's contrast sensitivity.
 _SENSITIVITY = ((1.0, 0.0047, 0.0, 1e-5), (1.0, 0.0053, 0.0, 1e-5), (34.1, 0.04, 13.5, 0.025))
 _COLOR_EXPONENT, _COLOR_KNEE, _COLOR_SHARE = 0.7, 0.4, 0.95  # q_c, p_c, p_t
@@ -53,7 +57,9 @@ def ssim(rgb: Tensor, truth: Tensor, mask: Tensor | None = None) -> float:
 
 
 @torch.no_grad()
-def flip(rgb: Tensor, truth: Tensor, mask: Tensor | None = None, *, pixels_per_degree: float = PIXELS_PER_DEGREE) -> float:
+def flip(
+    rgb: Tensor, truth: Tensor, mask: Tensor | None = None, *, pixels_per_degree: float = PIXELS_PER_DEGREE
+) -> float:
     """Mean of `flip_map` over the pixels that count, 0 (equal) to 1; NaN if none counts.
 
     Args:
@@ -127,7 +133,9 @@ def _feature_error(rgb: Tensor, truth: Tensor, pixels_per_degree: float) -> Tens
     errors = []
     for detector in (-x * smooth, (x**2 / sigma**2 - 1) * smooth):  # first derivative: edges; second: points
         # What is positive sums to 1 and what is negative to -1.
-        taps = torch.where(detector > 0, detector / detector.clamp(min=0).sum(), -detector / detector.clamp(max=0).sum())
+        taps = torch.where(
+            detector > 0, detector / detector.clamp(min=0).sum(), -detector / detector.clamp(max=0).sum()
+        )
         strengths = [
             torch.hypot(_convolved(image, taps, smooth / smooth.sum()), _convolved(image, smooth / smooth.sum(), taps))
             for image in (rgb, truth)

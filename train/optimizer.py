@@ -54,7 +54,9 @@ class FusedAdam(torch.optim.Optimizer):
                     betas=group["betas"],
                     eps=group["eps"],
                     step=state["step"],
-                    rows=rows if rows is not None and len(rows) == len(parameter) and group.get("sparse", True) else None,
+                    rows=rows
+                    if rows is not None and len(rows) == len(parameter) and group.get("sparse", True)
+                    else None,
                 )
 
     def tensors(self) -> dict[str, Tensor]:

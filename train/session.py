@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
+import hashlib
 import logging
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from prismfield.datasets.base import Points, SceneData
 from prismfield.datasets.initial import initial_points
-from prismfield.datasets.scenes import load_scene
+from prismfield.datasets.scenes import find_scene, load_scene
 from prismfield.datasets.views import Views
 from prismfield.representations.base import REPRESENTATIONS, Representation
 from prismfield.train.batches import COLORS, Batches
 from prismfield.train.checkpoint import load_checkpoint, save_checkpoint
 from prismfield.train.clock import Clock
-from prismfield.train.config import FREE_ON_RESUME, TrainConfig
+from prismfield.train.config import TrainConfig
 from prismfield.train.corrections import Exposure, PoseDeltas
+from prismfield.train.folder import CHECKPOINTS
 from prismfield.train.optimizer import FusedAdam
-from prismfield.train.run import CHECKPOINTS, representation_config, scene_from_checkpoint
+from prismfield.train.run import part, representation_config, scene_from_checkpoint
 from prismfield.train.strategies.base import STRATEGIES, Strategy
 
 log = logging.getLogger("prismfield")
@@ -33,9 +36,12 @@ class Session:
 
     config: TrainConfig
     data: SceneData
+    source: Path
+    """Where the capture is."""
     train_views: Views
     test_views: Views
     background: float
+    """Value behind the scene, of all three channels."""
     scene: Representation
     optimizer: FusedAdam
     strategy: Strategy
@@ -46,62 +52,101 @@ class Session:
     device: torch.device
 
     def save(self, folder: Path) -> Path:
-        """Write a checkpoint of everything."""
+        """Write a checkpoint of everything.
+
+        Raises:
+            ValueError: a parameter is not finite; the earlier checkpoints stay.
+        """
+        self.check_finite()
         tensors = {f"scene.{name}": value for name, value in self.scene.tensors().items()}
         tensors |= {f"optimizer.{name}": value for name, value in self.optimizer.tensors().items()}
         for name, module in self._corrections().items():
             tensors |= {f"{name}.{key}": value for key, value in module.state_dict().items()}
         numbers: dict[str, Any] = {}
-        for part, state in (("strategy", self.strategy.state_dict()), ("batches", self.batches.state_dict())):
-            tensors |= {f"{part}.{key}": value for key, value in state.items() if isinstance(value, torch.Tensor)}
-            numbers[part] = {key: value for key, value in state.items() if not isinstance(value, torch.Tensor)}
+        for name, state in (("strategy", self.strategy.state_dict()), ("batches", self.batches.state_dict())):
+            tensors |= {f"{name}.{key}": value for key, value in state.items() if isinstance(value, torch.Tensor)}
+            numbers[name] = {key: value for key, value in state.items() if not isinstance(value, torch.Tensor)}
+        tensors["rng.torch"] = torch.get_rng_state()
+        kind, keys, *rest = np.random.get_state(legacy=True)  # somebody's code may draw from it
+        tensors["rng.numpy"] = torch.from_numpy(np.asarray(keys).astype(np.int64))
+        numbers["rng"] = {"numpy": [str(kind), *rest], "python": random.getstate()}
+        active = {"active_sh_degree": self.scene.active_sh_degree} if hasattr(self.scene, "active_sh_degree") else {}
         state = numbers | {
             "seconds": self.clock.seconds,
             "updates": self.optimizer.counts(),
             "frame": self.data.frame.to_dict(),
             "background": self.background,
-            "scene": {"active_sh_degree": self.scene.active_sh_degree} if hasattr(self.scene, "active_sh_degree") else {},
+            "source": str(self.source),
+            "images": self.images_digest(),
+            "device": self.device.type,
+            "scene": active,
         }
-        tensors["rng"] = torch.get_rng_state()
         return save_checkpoint(folder / CHECKPOINTS, self.clock.step, tensors, state)
 
-    def restore(self, folder: Path) -> None:
-        """Take up the newest whole checkpoint."""
-        tensors, state = load_checkpoint(folder / CHECKPOINTS)
-        self.scene = scene_from_checkpoint(self.config, tensors, state).to(self.device)
+    def restore(self, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> None:
+        """Take up a checkpoint; the scene is the one in it already.
+
+        Raises:
+            ValueError: the capture's images are not those that the checkpoint was trained on.
+        """
+        if state["images"] != self.images_digest():
+            raise ValueError(f"{self.data.root}: its images are not those that the run was trained on; start a new run")
         for name, module in self._corrections().items():
-            module.load_state_dict({k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")})
-        self.optimizer = make_optimizer(self.scene, self.exposure, self.poses, self.config)
-        self.optimizer.restore(_part(tensors, "optimizer"), state["updates"])
-        self.strategy.load_state_dict(_part(tensors, "strategy") | state["strategy"], self.scene)
-        self.batches.load_state_dict(_part(tensors, "batches") | state["batches"])
+            module.load_state_dict(part(tensors, name))
+        self.optimizer.restore(part(tensors, "optimizer"), state["updates"])
+        self.strategy.load_state_dict(part(tensors, "strategy") | state["strategy"], self.scene)
+        self.batches.load_state_dict(part(tensors, "batches"))
         self.clock.step, self.clock.seconds = state["step"], state["seconds"]
-        torch.set_rng_state(tensors["rng"])
+        torch.set_rng_state(tensors["rng.torch"])
+        kind, *rest = state["rng"]["numpy"]
+        np.random.set_state((kind, tensors["rng.numpy"].numpy().astype(np.uint32), *rest))
+        version, keys, gauss = state["rng"]["python"]
+        random.setstate((version, tuple(keys), gauss))
+
+    @torch.no_grad()
+    def check_finite(self) -> None:
+        """Raise a ValueError if a parameter is not finite: what is broken is not drawn, and no loss would tell."""
+        for group in self.optimizer.param_groups:
+            for parameter in group["params"]:
+                if not torch.isfinite(parameter.sum()) and not torch.isfinite(parameter).all():
+                    raise ValueError(
+                        f"training stopped: {group['name']} is no longer finite at step {self.clock.step}; earlier "
+                        "checkpoints are kept; lower the learning rates, or look at the data with render-data check"
+                    )
+
+    def images_digest(self) -> str:
+        """Tells one set of training images from another."""
+        names = [f"{self.train_views.frame(i).name} {self.train_views.size(i)}" for i in range(len(self.train_views))]
+        return hashlib.sha256("\n".join(names).encode()).hexdigest()
 
     def _corrections(self) -> dict[str, torch.nn.Module]:
         modules = {"exposure": self.exposure, "poses": self.poses}
         return {name: module for name, module in modules.items() if module is not None}
 
 
-def _part(tensors: dict[str, torch.Tensor], name: str) -> dict[str, Any]:
-    return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}
-
-
-def start_session(config: TrainConfig, device: torch.device) -> Session:
-    """Read the capture and make a scene to train.
+def start_session(config: TrainConfig, device: torch.device, folder: Path | None = None) -> Session:
+    """Read the capture and make a scene to train, or take up the newest whole checkpoint in `folder`.
 
     Raises:
-        ValueError: the capture cannot be used as it is.
+        ValueError: the capture or the checkpoint cannot be used as it is.
     """
     torch.manual_seed(config.seed)
-    data = load_scene(config.scene, eval_every_nth=config.eval_every_nth)
-    if not data.train:
-        raise ValueError(f"{data.root}: no training images are left by this split ({data.split})")
+    np.random.seed(config.seed % 2**32)  # ours draws from generators; somebody's code may not
+    random.seed(config.seed)
+    saved = None if folder is None else load_checkpoint(folder / CHECKPOINTS)
+    if saved is not None and saved[1]["device"] != device.type:
+        raise ValueError(f"{folder}: was trained on {saved[1]['device']}, cannot go on exactly on {device.type}")
+    source = find_scene(config.scene if saved is None else saved[1]["source"]).resolve()
+    data = load_scene(str(source), eval_every_nth=config.eval_every_nth)
+    for warning in data.warnings:
+        log.warning("%s", warning)
+    budget = config.data.cache_mb << 20
     options: dict[str, Any] = {"downscale": config.downscale, "scale": data.frame.scale}
-    train_views = Views(data.train, byte_budget=config.data.cache_mb << 20, **options)
-    test_views = Views(data.test, byte_budget=config.data.cache_mb << 18, **options)
+    train_views = Views(data.train, byte_budget=budget * 5 // 8, **options)
+    test_views = Views(data.test, byte_budget=budget // 8, **options)
+    _decode_early(test_views, budget // 8)
     background = COLORS[data.background]
-    scene = initial_scene(config, data).to(device)
+    scene = (initial_scene(config, data) if saved is None else scene_from_checkpoint(config, *saved)).to(device)
     exposure = Exposure(len(train_views)).to(device) if config.exposure.enabled else None
     poses = PoseDeltas(len(train_views)).to(device) if config.pose.enabled else None
     strategy = STRATEGIES[config.strategy](
@@ -110,13 +155,15 @@ def start_session(config: TrainConfig, device: torch.device) -> Session:
     batches = Batches(
         train_views,
         background=background,
-        random_background=config.data.random_background and data.background is not None,
+        random_background=config.data.random_background,
         use_masks=config.data.masks,
         seed=config.seed,
+        byte_budget=budget // 4,
     )
-    return Session(
+    session = Session(
         config,
         data,
+        source,
         train_views,
         test_views,
         background,
@@ -129,10 +176,26 @@ def start_session(config: TrainConfig, device: torch.device) -> Session:
         poses,
         device,
     )
+    if saved is not None:
+        session.restore(*saved)
+    return session
+
+
+def _decode_early(test_views: Views, byte_budget: int) -> None:
+    """Decode the test views if they can stay in memory: a damaged file should not show only after the training."""
+    sizes = [test_views.size(index) for index in range(len(test_views))]
+    if sum(4 * width * height for width, height in sizes) <= byte_budget:
+        for index in range(len(test_views)):
+            test_views[index]
 
 
 def initial_scene(config: TrainConfig, data: SceneData) -> Any:
-    """The scene before the first step: from `config.init`, or from points."""
+    """The scene before the first step: from `config.init`, or from points.
+
+    Raises:
+        FileNotFoundError: there is no such `config.init`.
+        ValueError: it is no .ply of splats, or has more than `config.max_primitives`.
+    """
     representation = REPRESENTATIONS[config.representation]
     if config.init is not None:
         from prismfield.export.ply import read_ply  # not at the top: export builds on train
@@ -158,34 +221,10 @@ def make_optimizer(
     groups = scene.param_groups()
     if exposure is not None:
         rates = {"lr": config.exposure.lr, "lr_final": config.exposure.lr / 10}
-        groups.append({"name": "exposure", "params": [exposure.affine], "sparse": False} | rates)
+        groups.append({"name": "exposure", "params": [exposure.deltas], "sparse": False} | rates)
     if poses is not None:
         rates = {"lr": config.pose.lr, "lr_final": config.pose.lr / 100}
         groups.append({"name": "poses", "params": [poses.deltas], "sparse": False} | rates)
     for group in groups:
         group["lr_first"] = group["lr"]
     return FusedAdam(groups)
-
-
-def check_resumed(config: TrainConfig, saved: TrainConfig) -> TrainConfig:
-    """The config to go on with: the saved one, with what may change taken from the new.
-
-    Raises:
-        ValueError: the new one differs where it may not; the message names the fields.
-    """
-    default = TrainConfig()
-    changed, free = [], {}
-    for field in dataclasses.fields(TrainConfig):
-        asked = getattr(config, field.name)
-        if asked == getattr(default, field.name):
-            continue  # not mentioned: as saved
-        if field.name in FREE_ON_RESUME:
-            free[field.name] = asked
-        elif asked != getattr(saved, field.name):
-            changed.append(field.name)
-    if changed:
-        raise ValueError(
-            f"--resume {config.resume}: the run was trained with another {', '.join(changed)}; leave that out, or start a new run"
-        )
-    # A pause belongs to the command that asked for it.
-    return dataclasses.replace(saved, **({"pause_at": None} | free))

@@ -8,8 +8,8 @@
 
 namespace {
 
-// Gradients of tens of megabytes are freed and allocated again each step. By default glibc returns such blocks to the system,
-// and touching fresh pages then costs more than the work (62 of 80 ms for a million primitives' harmonics).
+// Gradients of tens of megabytes are freed and allocated again each step. By default glibc returns such blocks to the
+// system, and touching fresh pages then costs more than the work (62 of 80 ms for a million primitives' harmonics).
 void keep_freed_memory() {
 #if defined(__GLIBC__)
   mallopt(M_MMAP_THRESHOLD, 1 << 30);

@@ -14,7 +14,8 @@ inline unsigned saved_registers() {
   return low;
 }
 
-// 4, 3, 2 or 1, as the x86-64 psABI defines them. A processor may have AVX that the system does not save: then it is no level 3.
+// 4, 3, 2 or 1, as the x86-64 psABI defines them. A processor may have AVX that the system does not save: then it is no
+// level 3.
 inline int cpu_level() {
   const auto all = [](unsigned bits, unsigned wanted) { return (bits & wanted) == wanted; };
   unsigned a, b, c, d;
@@ -23,7 +24,8 @@ inline int cpu_level() {
   if (__get_cpuid(0x80000001, &a, &b, &c, &d)) extended = c;
   if (__get_cpuid_count(7, 0, &a, &b, &c, &d)) features = b;
 
-  const unsigned sse3 = 1u << 0, ssse3 = 1u << 9, cx16 = 1u << 13, sse41 = 1u << 19, sse42 = 1u << 20, popcnt = 1u << 23;
+  const unsigned sse3 = 1u << 0, ssse3 = 1u << 9, cx16 = 1u << 13, sse41 = 1u << 19, sse42 = 1u << 20,
+                 popcnt = 1u << 23;
   if (!all(basic, sse3 | ssse3 | cx16 | sse41 | sse42 | popcnt) || !all(extended, 1u << 0 /* lahf */)) return 1;
 
   const unsigned fma = 1u << 12, movbe = 1u << 22, osxsave = 1u << 27, avx = 1u << 28, f16c = 1u << 29;

@@ -45,9 +45,7 @@ def bin_primitives(
     Raises:
         ValueError: a shape does not fit, the name is unknown, or there are 2^31 intersections or more.
     """
-    check_shapes(
-        params=(params, f"C N {num_params(primitive)}"), depths=(depths, "C N"), radii=(radii, "C N 2")
-    )
+    check_shapes(params=(params, f"C N {num_params(primitive)}"), depths=(depths, "C N"), radii=(radii, "C N 2"))
     on_kernel = use_kernel(params)
     tile_size = tile_size or (kernels.tile_size if on_kernel else 16)
     function = _bin if on_kernel else bin_reference
@@ -77,7 +75,9 @@ def bin_reference(
         left, right = PRIMITIVES[primitive].row_span(params, y0, y1)
         first = ((left - 0.5).ceil().clamp(min=0) / tile_size).floor()
         last = ((right - 0.5).floor().clamp(max=width - 1) / tile_size).floor()
-        touched = (radii[..., 0] > 0) & ((right - 0.5).floor() >= (left - 0.5).ceil()) & (right >= 0.5) & (left <= width)
+        touched = (
+            (radii[..., 0] > 0) & ((right - 0.5).floor() >= (left - 0.5).ceil()) & (right >= 0.5) & (left <= width)
+        )
         tiles = torch.arange(columns, device=device)
         inside = touched[..., None] & (tiles >= first[..., None]) & (tiles <= last[..., None])
         camera, primitive_id, column = inside.nonzero().unbind(-1)

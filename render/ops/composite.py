@@ -114,7 +114,9 @@ def composite_reference(
         median = (reached * tile_depths[:, None].detach()).sum(0)
         tiles.append(torch.cat([blended, (1 - trans)[:, None], expected[:, None], median[:, None]], -1))
     stacked = torch.stack(tiles).view(cameras, rows, columns, tile_size, tile_size, dims + 3)
-    image = stacked.transpose(2, 3).reshape(cameras, rows * tile_size, columns * tile_size, dims + 3)[:, :height, :width]
+    image = stacked.transpose(2, 3).reshape(cameras, rows * tile_size, columns * tile_size, dims + 3)[
+        :, :height, :width
+    ]
     nothing = params.new_zeros(0)
     return (
         image[..., :dims],

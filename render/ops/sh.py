@@ -41,7 +41,11 @@ def sh_colors(sh0: Tensor, shN: Tensor, means: Tensor, viewmats: Tensor, radii: 
         ValueError: a shape does not fit, or `shN` holds too few terms for `degree`.
     """
     bound = check_shapes(
-        sh0=(sh0, "N 1 3"), shN=(shN, "N K 3"), means=(means, "N 3"), viewmats=(viewmats, "C 4 4"), radii=(radii, "C N 2")
+        sh0=(sh0, "N 1 3"),
+        shN=(shN, "N K 3"),
+        means=(means, "N 3"),
+        viewmats=(viewmats, "C 4 4"),
+        radii=(radii, "C N 2"),
     )
     if not 0 <= degree <= 3 or bound["K"] < (degree + 1) ** 2 - 1:
         raise ValueError(f"degree: expected 0..3 and at most what shN holds ({bound['K']} terms), got {degree}")

@@ -42,9 +42,7 @@ def photometric_loss(
     return photometric_loss_reference(rgb, target.detach(), ssim_weight, mask)
 
 
-def ssim(
-    a: Tensor, b: Tensor, mask: Tensor | None = None, *, border: Literal["same", "valid"] = "same"
-) -> Tensor:
+def ssim(a: Tensor, b: Tensor, mask: Tensor | None = None, *, border: Literal["same", "valid"] = "same") -> Tensor:
     """Mean structural similarity of two images (Wang et al. 2004, "Image quality assessment"), eq. 13.
 
     An 11x11 Gaussian window of sigma 1.5, per channel, with biased variances.
@@ -63,7 +61,9 @@ def ssim(
         return 1 - photometric_loss(a, b, 1.0, mask)[0]
     check_shapes(a=(a, "C H W D"), b=(b, "C H W D"))
     if min(a.shape[1:3]) <= 2 * _RADIUS:
-        raise ValueError(f"a: expected at least {2 * _RADIUS + 1} pixels a side for border='valid', got {list(a.shape)}")
+        raise ValueError(
+            f"a: expected at least {2 * _RADIUS + 1} pixels a side for border='valid', got {list(a.shape)}"
+        )
     a, b, counts = _counted(a, b.detach(), mask)
     inside = (slice(None), slice(_RADIUS, -_RADIUS), slice(_RADIUS, -_RADIUS))
     return _mean(ssim_map(a, b)[inside], counts[inside], 1.0)
