@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -66,6 +66,20 @@ class SceneFrame:
         """[..., 3] positions from scene to user units."""
         return xyz / self.scale + torch.tensor(self.center, dtype=xyz.dtype, device=xyz.device)
 
+    def cameras_to_scene(self, cameras: Cameras) -> Cameras:
+        """Cameras from the user's frame to the scene's, in single precision. Differentiable."""
+        viewmats = cameras.viewmats.double()
+        rotations, shifts = viewmats[:, :3, :3], viewmats[:, :3, 3:]
+        shifts = (shifts + rotations @ viewmats.new_tensor(self.center)[:, None]) * self.scale
+        return _posed(cameras, rotations, shifts, torch.float32)
+
+    def cameras_to_user(self, cameras: Cameras) -> Cameras:
+        """Cameras from the scene's frame to the user's, in double precision: those may be far from their origin."""
+        viewmats = cameras.viewmats.double()
+        rotations, shifts = viewmats[:, :3, :3], viewmats[:, :3, 3:]
+        shifts = shifts / self.scale - rotations @ viewmats.new_tensor(self.center)[:, None]
+        return _posed(cameras, rotations, shifts, torch.float64)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain numbers for JSON."""
         return {"center": list(self.center), "scale": self.scale, "up": list(self.up)}
@@ -76,6 +90,14 @@ class SceneFrame:
         x, y, z = (float(v) for v in values["center"])
         up_x, up_y, up_z = (float(v) for v in values["up"])
         return cls((x, y, z), float(values["scale"]), (up_x, up_y, up_z))
+
+
+def _posed(cameras: Cameras, rotations: Tensor, shifts: Tensor, dtype: torch.dtype) -> Cameras:
+    """The cameras with other world-to-camera rotations [C, 3, 3] and translations [C, 3, 1]."""
+    bottom = rotations.new_tensor([0.0, 0.0, 0.0, 1.0]).expand(len(rotations), 1, 4)
+    viewmats = torch.cat([torch.cat([rotations, shifts], 2), bottom], 1)
+    distortion = None if cameras.distortion is None else cameras.distortion.to(dtype)
+    return replace(cameras, viewmats=viewmats.to(dtype), Ks=cameras.Ks.to(dtype), distortion=distortion)
 
 
 @dataclass(frozen=True)

@@ -61,14 +61,21 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(p for p in folder.glob("step_*") if p.is_dir() and not p.name.endswith(_PART))
 
 
-def load_checkpoint(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors and state of the newest checkpoint that is whole.
+def load_checkpoint(folder: Path, step: int | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Tensors and state of the newest checkpoint that is whole, or of the one of `step`.
 
     Raises:
-        ValueError: there is none.
+        ValueError: there is none, or none of that step.
     """
-    problems = []
-    for path in reversed(checkpoints(folder)):
+    problems, found = [], checkpoints(folder)
+    if step is not None:
+        steps = [int(path.name.removeprefix("step_")) for path in found]
+        if step not in steps:
+            raise ValueError(
+                f"{folder}: no checkpoint of step {step}; there are {', '.join(map(str, steps)) or 'none'}"
+            )
+        found = [found[steps.index(step)]]
+    for path in reversed(found):
         problem = _problem(path)
         if problem is None:
             for line in problems:

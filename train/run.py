@@ -41,15 +41,15 @@ class Run:
         return load_scene(self.source, eval_every_nth=self.config.eval_every_nth)
 
 
-def load_run(path: Path, *, device: torch.device | str = "cpu") -> Run:
-    """The newest whole checkpoint of a run.
+def load_run(path: Path, *, device: torch.device | str = "cpu", step: int | None = None) -> Run:
+    """The newest whole checkpoint of a run, or that of `step`.
 
     Raises:
         FileNotFoundError: `path` is not a run's folder.
-        ValueError: it holds no whole checkpoint.
+        ValueError: it holds no whole checkpoint, or none of that step.
     """
     config = read_config(path)
-    tensors, state = load_checkpoint(path / CHECKPOINTS)
+    tensors, state = load_checkpoint(path / CHECKPOINTS, step)
     scene = scene_from_checkpoint(config, tensors, state).to(device)
     frame = SceneFrame.from_dict(state["frame"])
     return Run(path, config, scene, frame, state["background"], state["step"], state["seconds"], state["source"])
