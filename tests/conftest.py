@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -25,3 +27,25 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no GPU")
     return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a finished run of the bundled scene, small and of few steps. Not to be written to: copy it first."""
+    folder = tmp_path_factory.mktemp("runs") / "garden"
+    words = [
+        "--scene",
+        "garden",
+        "--downscale",
+        "4",
+        "--steps",
+        "30",
+        "--log.tests",
+        "0",
+        "--log.checkpoint-steps",
+        "20",
+    ]
+    command = [sys.executable, "-m", "prismfield.train.cli", *words, "--out", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder
