@@ -51,11 +51,13 @@ class LossConfig:
 class ScheduleConfig:
     """What changes while training, as shares of it."""
 
-    resolution: tuple[float, ...] = (0.1, 0.3)
-    """Images are drawn at 1/2^k of their size until the k-th number from the end: (0.1, 0.3) is a quarter until 10 % and a
-    half until 30 %. Empty: full size throughout."""
+    resolution: tuple[float, ...] = (0.05, 0.15)
+    """Images are drawn at 1/2^k of their size until the k-th number from the end: (0.05, 0.15) is a quarter until 5 % and
+    a half until 15 %. Empty: full size throughout."""
     min_side: int = 64
     """No image is drawn with a shorter side than this, pixels."""
+    settle: float = 0.2
+    """Share at the end over which learning rates that do not decay already fall to a tenth."""
     sparse_adam: bool = True
     """Update only what the step's camera sees."""
 
@@ -164,7 +166,12 @@ def check_config(config: TrainConfig) -> None:
     )
     from_zero += ("schedule.min_side", "log.tests", "log.checkpoint_minutes", "log.checkpoint_steps")
     limits = dict.fromkeys(positive, (least, infinity)) | dict.fromkeys(from_zero, (0.0, infinity))
-    limits |= {"loss.ssim_weight": (0, 1), "gaussians.sh_degree": (0, 3), "viewer_port": (1, 65535)}
+    limits |= {
+        "loss.ssim_weight": (0, 1),
+        "schedule.settle": (0, 1),
+        "gaussians.sh_degree": (0, 3),
+        "viewer_port": (1, 65535),
+    }
     for name, value in _options(config):
         if isinstance(value, float) and not abs(value) < infinity:
             raise ValueError(f"--{_flag(name)}: expected a finite number, got {value}")

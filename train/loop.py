@@ -23,6 +23,7 @@ from prismfield.train.losses import loss_terms
 from prismfield.train.progress import Progress
 from prismfield.train.session import Session
 
+_SETTLED = 0.1  # of a learning rate is left at the end
 _WATCHED_STEPS = 10  # between looks at the loss: often enough for the display, seldom enough to cost nothing
 
 
@@ -88,7 +89,7 @@ def train(session: Session, folder: Path, progress: Progress, viewer: Any = None
 def training_step(session: Session) -> tuple[Batch, Tensor, dict[str, Tensor]]:
     """One update of the scene; returns what it saw, what it rendered (exposure included) and the terms of its loss."""
     config, scene, optimizer, clock = session.config, session.scene, session.optimizer, session.clock
-    set_rates(optimizer, clock)
+    set_rates(optimizer, clock, config.schedule.settle)
     batch = session.batches.next(shrink_factor(session, config)).to(session.device)
     cameras = batch.cameras if session.poses is None else session.poses(batch.cameras, batch.index)
     extras = {*session.strategy.extras, *(("depth",) if config.loss.depth_weight and batch.depth is not None else ())}
@@ -107,11 +108,17 @@ def drawn_rows(out: RenderOutput) -> Tensor | None:
     return None if out.radii is None else (out.radii[..., 0] > 0).any(0)
 
 
-def set_rates(optimizer: torch.optim.Optimizer, clock: Clock) -> None:
-    """Learning rates decay exponentially with the progress; rarely updated parameters wait for their turn."""
+def set_rates(optimizer: torch.optim.Optimizer, clock: Clock, settle: float) -> None:
+    """Learning rates decay exponentially: to their own end throughout, or to a tenth over the share `settle` at the end.
+
+    Rarely updated parameters wait for their turn.
+    """
+    settled = (clock.progress - 1 + settle) / settle if settle > 0 else 0.0
     for group in optimizer.param_groups:
         if group.get("lr_final") and group["lr_first"]:
             group["lr"] = group["lr_first"] * (group["lr_final"] / group["lr_first"]) ** clock.progress
+        else:
+            group["lr"] = group["lr_first"] * _SETTLED ** max(0.0, settled)
         if group.get("every", 1) > 1:
             group["params"][0].requires_grad_(clock.step % group["every"] == 0)
 

@@ -6,11 +6,13 @@
 #include "arrays.h"
 #include "bindings.h"
 #include "parallel.h"
+#include "stream.h"
 
 namespace pf {
 namespace {
 
 constexpr int64_t kGrain = 2048;
+constexpr int kRows = 16;  // of shN in one block: 16 rows of any degree fill whole cache lines
 constexpr int kMaxTerms = 16;
 constexpr float kC0 = 0.28209479177387814f, kC1 = 0.4886025119029199f;
 constexpr float kC2[5] = {1.0925484305920792f, -1.0925484305920792f, 0.31539156525252005f, -1.0925484305920792f, 0.5462742152960396f};
@@ -123,14 +125,13 @@ struct Gradients {
   float *sh0, *shN, *means;  // shN is null where its gradient is not wanted
 };
 
-// Adds the gradients that primitive i gets from camera c; `v_center` collects the camera centre's. The first camera writes
-// the row of shN instead of adding to it.
+// Adds the gradients that primitive i gets from camera c; `v_center` collects the camera centre's, `v_rest` is the row of
+// shN, if wanted: the first camera writes it, the others add to it.
 void backward_one(const Inputs &in, int c, int64_t i, const float *center, const float *rgbs, const float *v_rgbs,
-                  const Gradients &out, float *v_center) {
+                  const Gradients &out, float *v_rest, float *v_center) {
   const int64_t at = c * in.count + i;
   const int last = in.terms() - 2;
   const float *rest = in.shN + 3 * in.stored * i;
-  float *v_rest = out.shN ? out.shN + 3 * in.stored * i : nullptr;
   Color v{};
   if (in.radii[2 * at] > 0.f)
     for (int d = 0; d < 3; d++) v[d] = rgbs[3 * at + d] > 0.f ? v_rgbs[3 * at + d] : 0.f;
@@ -178,19 +179,31 @@ void sh_backward(Floats sh0, Floats shN, Floats means, Floats viewmats, Floats r
   float *v_cameras = v_viewmats.data();
   nb::gil_scoped_release unlocked;
   const int64_t chunks = (in.count + kGrain - 1) / kGrain;
+  std::vector<float> centers(in.cameras * 3);
+  for (int c = 0; c < in.cameras; c++) in.center(c, &centers[3 * c]);
   std::vector<float> partial(chunks * in.cameras * 3, 0.f);
+  const int64_t row = 3 * in.stored;
+  const bool streamed = out.shN && stream_pays(in.count * row, out.shN);
   parallel_for(chunks, 1, [&](int64_t chunk, int64_t last) {
+    alignas(64) float rows[kRows * 3 * (kMaxTerms - 1)];
     for (; chunk < last; chunk++) {
       const int64_t begin = chunk * kGrain, end = std::min(begin + kGrain, in.count);
       std::fill(out.sh0 + 3 * begin, out.sh0 + 3 * end, 0.f);
       std::fill(out.means + 3 * begin, out.means + 3 * end, 0.f);
-      for (int c = 0; c < in.cameras; c++) {
-        float center[3];
-        in.center(c, center);
-        for (int64_t i = begin; i < end; i++)
-          backward_one(in, c, i, center, colors, v_colors, out, &partial[(chunk * in.cameras + c) * 3]);
+      for (int64_t first = begin; first < end; first += kRows) {
+        const int64_t stop = std::min(first + kRows, end);
+        for (int c = 0; c < in.cameras; c++) {
+          const float *center = &centers[3 * c];
+          float *v_center = &partial[(chunk * in.cameras + c) * 3];
+          for (int64_t i = first; i < stop; i++) {
+            float *v_rest = streamed ? rows + row * (i - first) : out.shN ? out.shN + row * i : nullptr;
+            backward_one(in, c, i, center, colors, v_colors, out, v_rest, v_center);
+          }
+        }
+        if (streamed) stream(out.shN + row * first, rows, row * (stop - first));
       }
     }
+    stream_fence();
   });
   if (!camera_gradient) return;
   for (int c = 0; c < in.cameras; c++) {

@@ -13,7 +13,7 @@ from typing import Literal
 class AdcConfig:
     """Adaptive density control: clone, split, prune, reset (3D Gaussian Splatting, arXiv:2308.04079)."""
 
-    growth: Literal["threshold", "budget"] = "threshold"
+    growth: Literal["threshold", "budget"] = "budget"
     """"threshold": every Gaussian whose screen gradient is above `grad_threshold` grows. "budget": the count follows a
     quadratic curve up to the most primitives allowed, and those with the largest gradients grow (Taming 3DGS,
     arXiv:2406.15643)."""
@@ -38,8 +38,9 @@ class AdcConfig:
     """Fewest steps between growths in a short training: every Gaussian should have been seen from several cameras."""
     stop: float = 0.5
     """Share of the training after which nothing grows, is dropped or reset."""
-    reset_interval: int = 3000
-    """Steps from one reset of all opacities to the next; 0 never resets."""
+    reset_interval: int = 0
+    """Steps from one reset of all opacities to the next, 3000 in the original; 0 never resets: a short training does not
+    recover from one."""
     reset_opacity: float = 0.01
     """Opacities are cut to this at a reset."""
 
