@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from prismfield.datasets.base import SceneFrame
-from prismfield.datasets.undistort import pinhole_target
+from prismfield.datasets.views import Views
 from prismfield.export.assets import SplatAsset
 from prismfield.export.ply import read_ply
 from prismfield.render.cameras import Cameras
@@ -69,13 +69,8 @@ class Scene:
             raise ValueError(f"{self.path}: a .ply has no cameras; make some with Cameras.from_camtoworlds")
         if split not in ("train", "test"):
             raise ValueError(f"split: expected 'train' or 'test', got {split!r}")
-        factor, cameras = self.run.config.downscale, []
-        for frame in getattr(self.run.data, split):
-            camera = pinhole_target(frame.camera)
-            shrink = camera.Ks.new_tensor([1 / factor, 1 / factor, 1.0])[:, None]
-            size = {"width": max(1, camera.width // factor), "height": max(1, camera.height // factor)}
-            cameras.append(self.frame.cameras_to_user(replace(camera, Ks=camera.Ks * shrink, **size)))
-        return cameras
+        views = Views(getattr(self.run.data, split), downscale=self.run.config.downscale)
+        return [self.frame.cameras_to_user(views.camera(index)) for index in range(len(views))]
 
     def asset(self) -> SplatAsset:
         """Its Gaussians with activated values, in the user's frame.

@@ -18,12 +18,20 @@ from numpy.typing import NDArray
 from prismfield.export.assets import SplatAsset
 from prismfield.export.verify import write_verified
 
-_TYPES = {
-    **{"char": "i1", "uchar": "u1", "short": "i2", "ushort": "u2"},
-    **{"int": "i4", "uint": "u4", "float": "f4", "double": "f8"},
-    **{"int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2"},
-    **{"int32": "i4", "uint32": "u4", "float32": "f4", "float64": "f8"},
-}
+_TYPES = (
+    {
+        "char": "i1",
+        "uchar": "u1",
+        "short": "i2",
+        "ushort": "u2",
+        "int": "i4",
+        "uint": "u4",
+        "float": "f4",
+        "double": "f8",
+    }
+    | {"int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2", "int32": "i4", "uint32": "u4"}
+    | {"float32": "f4", "float64": "f8"}
+)
 _LAYOUT = ("x", "y", "z", "f_dc_0", "f_dc_1", "f_dc_2", "opacity")
 _SCALES = ("scale_0", "scale_1", "scale_2")
 _QUATS = ("rot_0", "rot_1", "rot_2", "rot_3")
@@ -92,8 +100,12 @@ def _property_names(terms: int) -> list[str]:
     return ["x", "y", "z", "nx", "ny", "nz", *_LAYOUT[3:6], *rest, "opacity", *_SCALES, *_QUATS]
 
 
-def _write(path: Path, asset: SplatAsset) -> None:
-    terms = asset.sh.shape[1]
+def ply_bytes(asset: SplatAsset) -> int:
+    """Size of the file that `write_ply` makes of it."""
+    return len(_header(asset)) + 4 * len(asset) * len(_property_names(asset.sh.shape[1]))
+
+
+def _header(asset: SplatAsset) -> bytes:
     try:
         version = metadata.version("prismfield")
     except metadata.PackageNotFoundError:
@@ -102,10 +114,16 @@ def _write(path: Path, asset: SplatAsset) -> None:
     if asset.up is not None:
         lines.append(f"comment {_TAG} up {asset.up[0]:.9g} {asset.up[1]:.9g} {asset.up[2]:.9g}")
     lines += [f"comment {_TAG} antialiased {int(asset.antialiased)}", f"comment {_TAG} sh_degree {asset.sh_degree}"]
-    lines += [f"element vertex {len(asset)}", *(f"property float {name}" for name in _property_names(terms))]
+    lines += [f"element vertex {len(asset)}"]
+    lines += [f"property float {name}" for name in _property_names(asset.sh.shape[1])]
+    return "\n".join([*lines, "end_header", ""]).encode("ascii")
+
+
+def _write(path: Path, asset: SplatAsset) -> None:
+    terms = asset.sh.shape[1]
     logits, log_scales = asset.logits, asset.log_scales
     with path.open("wb") as file:
-        file.write("\n".join([*lines, "end_header", ""]).encode("ascii"))
+        file.write(_header(asset))
         for start in range(0, len(asset), _ROWS_AT_ONCE):
             rows = slice(start, start + _ROWS_AT_ONCE)
             means, sh = asset.means[rows], asset.sh[rows]

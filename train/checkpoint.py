@@ -67,7 +67,8 @@ def load_checkpoint(folder: Path, step: int | None = None) -> tuple[dict[str, Te
     Raises:
         ValueError: there is none, or none of that step.
     """
-    problems, found = [], checkpoints(folder)
+    problems: list[str] = []
+    found = checkpoints(folder)
     if step is not None:
         steps = [int(path.name.removeprefix("step_")) for path in found]
         if step not in steps:
