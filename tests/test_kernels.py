@@ -149,13 +149,15 @@ means = (torch.randn(300, 3) * 0.6).requires_grad_()
 quats = torch.randn(300, 4).requires_grad_()
 scales = (torch.rand(300, 3) * 0.2 + 0.01).requires_grad_()
 opacities = torch.rand(300).requires_grad_()
-sh = (torch.randn(300, 9, 3) * 0.3).requires_grad_()
+sh0, shN = (torch.randn(300, 1, 3) * 0.3).requires_grad_(), (torch.randn(300, 8, 3) * 0.3).requires_grad_()
 viewmats = torch.eye(4)[None].clone()
 viewmats[0, 2, 3] = 3.0
 Ks = torch.tensor([[[61.0, 0, 33.5], [0, 55.0, 17.25], [0, 0, 1]]])
-out = rasterize_gaussians(means, quats, scales, opacities, sh, Cameras(viewmats, Ks, 71, 43), sh_degree=2, extras=("depth",))
+cameras = Cameras(viewmats, Ks, 71, 43)
+out = rasterize_gaussians(means, quats, scales, opacities, (sh0, shN), cameras, sh_degree=2, extras=("depth",))
 (out.rgb.square().sum() + out.alpha.sum() + out.depth.sum()).backward()
-torch.save([out.rgb.detach(), out.alpha.detach(), *(p.grad for p in (means, quats, scales, opacities, sh))], sys.argv[1])
+leaves = (means, quats, scales, opacities, sh0, shN)
+torch.save([out.rgb.detach(), out.alpha.detach(), *(leaf.grad for leaf in leaves)], sys.argv[1])
 """
 
 
