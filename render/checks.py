@@ -1,4 +1,4 @@
-"""Shape checks for public functions: each dimension is named once and must agree everywhere."""
+"""Checks of the arguments of public functions: each dimension is named once and must agree everywhere."""
 
 from __future__ import annotations
 
@@ -29,3 +29,15 @@ def check_shapes(**arguments: tuple[Tensor, str]) -> dict[str, int]:
                 f"{name}: expected [{', '.join(axes)}]{f' with {known}' if known else ''}, got {list(shape)}"
             )
     return bound
+
+
+def check_alike(**arguments: Tensor) -> None:
+    """Raise a ValueError naming the argument whose dtype or device is not the first one's, or if that holds no real numbers."""
+    first, *others = arguments.items()
+    if not first[1].is_floating_point():
+        raise ValueError(f"{first[0]}: expected a floating-point tensor, got {first[1].dtype}")
+    for name, tensor in others:
+        for what in ("dtype", "device"):
+            wanted, got = getattr(first[1], what), getattr(tensor, what)
+            if wanted != got:
+                raise ValueError(f"{name}: expected {what} {wanted} like {first[0]}, got {got}")

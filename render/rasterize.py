@@ -44,10 +44,7 @@ def rasterize(
         ValueError: a shape does not fit, the cameras have lens distortion, or an extra is unknown.
     """
     params, depths, radii = screen
-    if cameras.model != "pinhole":
-        raise ValueError(f"cameras: expected pinhole, got {cameras.model!r}; undistort the images first")
-    if unknown := set(extras) - set(EXTRAS):
-        raise ValueError(f"extras: expected some of {', '.join(EXTRAS)}, got {', '.join(sorted(unknown))}")
+    _check_request(cameras, extras)
     size = (cameras.width, cameras.height)
     if params.requires_grad:
         params.retain_grad()
@@ -57,6 +54,13 @@ def rasterize(
     out = composite(primitive, params, features, depths, isects, size, background, **options)
     depth = None if out.depth is None else out.depth / out.alpha.clamp(min=1e-10)
     return RenderOutput(out.features, out.alpha, depth, out.median_depth, params, radii, absgrad)
+
+
+def _check_request(cameras: Cameras, extras: Collection[str]) -> None:
+    if cameras.model != "pinhole":
+        raise ValueError(f"cameras: expected pinhole, got {cameras.model!r}; undistort the images first")
+    if unknown := set(extras) - set(EXTRAS):
+        raise ValueError(f"extras: expected some of {', '.join(EXTRAS)}, got {', '.join(sorted(unknown))}")
 
 
 def rasterize_gaussians(
@@ -89,6 +93,7 @@ def rasterize_gaussians(
     Raises:
         ValueError: a shape does not fit or the cameras have lens distortion.
     """
+    _check_request(cameras, extras)
     check_shapes(means=(means, "N 3"), sh0=(sh[0], "N 1 3"), shN=(sh[1], "N K 3"))
     if backends.current() == "gsplat":
         gaussians = (means, quats, scales, opacities)

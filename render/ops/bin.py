@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prismfield.render.checks import check_shapes
+from prismfield.render.checks import check_alike, check_shapes
 from prismfield.render.kernels import kernels, use_kernel
 from prismfield.render.ops.primitives import PRIMITIVES
 
@@ -43,9 +43,10 @@ def bin_primitives(
         tile_size: pixels; default: what the compiled kernels use, 16 without them.
 
     Raises:
-        ValueError: a shape does not fit, the name is unknown, or there are 2^31 intersections or more.
+        ValueError: a shape, dtype or device does not fit, the name is unknown, or there are 2^31 intersections or more.
     """
     check_shapes(params=(params, f"C N {num_params(primitive)}"), depths=(depths, "C N"), radii=(radii, "C N 2"))
+    check_alike(params=params, depths=depths, radii=radii)
     on_kernel = use_kernel(params)
     tile_size = tile_size or (kernels.tile_size if on_kernel else 16)
     function = _bin if on_kernel else bin_reference

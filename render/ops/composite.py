@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from prismfield.render.checks import check_shapes
+from prismfield.render.checks import check_alike, check_shapes
 from prismfield.render.kernels import kernels, use_kernel
 from prismfield.render.ops.bin import Isects, num_params
 from prismfield.render.ops.constants import ALPHA_MAX, ALPHA_MIN, TRANS_MIN
@@ -58,7 +58,7 @@ def composite(
         absgrad: [C, N, 2] zeros whose gradient becomes sum over pixels of |dL/d(x, y)| of each primitive (AbsGS, arXiv:2404.10484).
 
     Raises:
-        ValueError: a shape does not fit or the primitive is unknown.
+        ValueError: a shape, dtype or device does not fit, the primitive is unknown, or `isects` are not of these primitives.
     """
     bound = check_shapes(
         params=(params, f"C N {num_params(primitive)}"), features=(features, "C N D"), depths=(depths, "C N")
@@ -66,14 +66,32 @@ def composite(
     if background is None:
         background = features.new_zeros(bound["C"], bound["D"])
     check_shapes(features=(features, "C N D"), background=(background, "C D"))
-    lists = (isects.ids, isects.rows, isects.tile_ranges, isects.row_starts)
-    options = (size[0], size[1], isects.tile_size, depth, median_depth)
+    check_alike(params=params, features=features, depths=depths, background=background)
+    if absgrad is not None:
+        check_shapes(params=(params, "C N P"), absgrad=(absgrad, "C N 2"))
+    _check_isects(isects, bound["C"], bound["N"], size)
     if use_kernel(params):
+        if isects.tile_size != kernels.tile_size:
+            raise ValueError(f"isects: expected tiles of {kernels.tile_size} pixels, got {isects.tile_size}")
+        lists = (isects.ids, isects.rows, isects.tile_ranges, isects.row_starts)
+        options = (size[0], size[1], isects.tile_size, depth, median_depth)
         absgrad = params.new_zeros(0) if absgrad is None else absgrad
         out = _composite(primitive, params, features, depths, background, absgrad, *lists, *options)[:4]
     else:
-        out = composite_reference(primitive, params, features, depths, background, lists[0], lists[2], *options)
+        out = composite_reference(primitive, params, features, depths, background, isects, size, absgrad)
     return Composite(out[0], out[1], out[2] if depth else None, out[3] if median_depth else None)
+
+
+def _check_isects(isects: Isects, cameras: int, count: int, size: tuple[int, int]) -> None:
+    """Raise a ValueError where `isects` belong to another scene, image size or rasterizer: a kernel would read beyond its lists."""
+    columns, rows = (-(-length // isects.tile_size) for length in size)
+    expected = (cameras * rows * columns + 1, cameras * count + 1)
+    got = (len(isects.tile_ranges), len(isects.row_starts))
+    if got != expected:
+        raise ValueError(
+            f"isects: expected those of {cameras} cameras, {count} primitives and {size[0]}x{size[1]} pixels "
+            f"({expected[0] - 1} tiles, {expected[1] - 1} rows), got {got[0] - 1} tiles, {got[1] - 1} rows"
+        )
 
 
 def composite_reference(
@@ -82,48 +100,52 @@ def composite_reference(
     features: Tensor,
     depths: Tensor,
     background: Tensor,
-    ids: Tensor,
-    tile_ranges: Tensor,
-    width: int,
-    height: int,
-    tile_size: int,
-    depth: bool,
-    median_depth: bool,
+    isects: Isects,
+    size: tuple[int, int],
+    absgrad: Tensor | None = None,
     smooth: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`composite` in plain PyTorch, tile by tile: the specification.
+    """`composite` in plain PyTorch, tile by tile: the specification. Returns features, alpha, depth and median depth.
 
     `smooth` replaces the cutoffs by smooth ones, so that central differences converge; it exists for tests.
     """
-    cameras, dims = background.shape
+    (cameras, dims), (width, height), tile_size = background.shape, size, isects.tile_size
     columns, rows = -(-width // tile_size), -(-height // tile_size)
     offsets = torch.arange(tile_size * tile_size, device=params.device)
-    flat = [params.flatten(0, 1), features.flatten(0, 1), depths.flatten(0, 1)]
-    bounds = tile_ranges.tolist()
+    absgrad = torch.zeros_like(params[..., :2]) if absgrad is None else absgrad
+    flat = [t.flatten(0, 1) for t in (params, features, depths, absgrad)]
+    bounds = isects.tile_ranges.tolist()
     tiles = []
     for tile in range(cameras * rows * columns):
         camera, row, column = tile // (rows * columns), tile // columns % rows, tile % columns
         px = (column * tile_size + offsets % tile_size).to(params.dtype) + 0.5
         py = (row * tile_size + offsets // tile_size).to(params.dtype) + 0.5
-        members = ids[bounds[tile] : bounds[tile + 1]].long()
-        tile_params, tile_features, tile_depths = (t[members] for t in flat)
-        alphas = PRIMITIVES[primitive].alpha(tile_params[:, None], px, py)
+        members = isects.ids[bounds[tile] : bounds[tile + 1]].long()
+        tile_params, tile_features, tile_depths, tile_absgrad = (t[members] for t in flat)
+        centers = _PerPixel.apply(tile_params[:, :2], tile_absgrad, len(offsets))
+        shapes = tile_params[:, None, 2:].expand(-1, len(offsets), -1)
+        alphas = PRIMITIVES[primitive].alpha(torch.cat([centers, shapes], -1), px, py)
         weights, trans, reached = _blend(alphas, smooth)
         blended = weights.mT @ tile_features + trans[:, None] * background[camera]
         expected = (weights * tile_depths[:, None]).sum(0)
         median = (reached * tile_depths[:, None].detach()).sum(0)
         tiles.append(torch.cat([blended, (1 - trans)[:, None], expected[:, None], median[:, None]], -1))
     stacked = torch.stack(tiles).view(cameras, rows, columns, tile_size, tile_size, dims + 3)
-    image = stacked.transpose(2, 3).reshape(cameras, rows * tile_size, columns * tile_size, dims + 3)[
-        :, :height, :width
-    ]
-    nothing = params.new_zeros(0)
-    return (
-        image[..., :dims],
-        image[..., dims],
-        image[..., dims + 1] if depth else nothing,
-        image[..., dims + 2].detach() if median_depth else nothing,
-    )
+    image = stacked.transpose(2, 3).reshape(cameras, rows * tile_size, columns * tile_size, dims + 3)
+    features, alpha, depth, median = image[:, :height, :width].split([dims, 1, 1, 1], -1)
+    return features, alpha.squeeze(-1), depth.squeeze(-1), median.squeeze(-1).detach()
+
+
+class _PerPixel(torch.autograd.Function):
+    """Centres [M, 2] repeated for each pixel; the second argument's gradient is the sum of the absolute ones."""
+
+    @staticmethod
+    def forward(ctx, centers: Tensor, absgrad: Tensor, pixels: int) -> Tensor:
+        return centers[:, None].expand(-1, pixels, -1).clone()
+
+    @staticmethod
+    def backward(ctx, v_centers: Tensor) -> tuple[Tensor, Tensor, None]:
+        return v_centers.sum(1), v_centers.abs().sum(1), None
 
 
 def _blend(alphas: Tensor, smooth: bool) -> tuple[Tensor, Tensor, Tensor]:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from prismfield.render.checks import check_shapes
+from prismfield.render.checks import check_alike, check_shapes
 from prismfield.render.kernels import kernels, use_kernel
 from prismfield.render.ops.constants import ALPHA_MIN, BLUR, NEAR, VIEW_MARGIN
 
@@ -42,6 +42,9 @@ def project(
         `params` [C, N, 6] = (x, y, a, b, c, log_opacity) for the "gaussian" primitive, `depths` [C, N] camera z, and `radii`
         [C, N, 2], half-width and half-height in pixels of the box outside which alpha < 1/255. A Gaussian that is behind the
         camera, outside the image, too faint or not finite has zeros everywhere and receives no gradient.
+
+    Raises:
+        ValueError: a shape, dtype or device does not fit.
     """
     check_shapes(
         means=(means, "N 3"),
@@ -51,6 +54,7 @@ def project(
         viewmats=(viewmats, "C 4 4"),
         Ks=(Ks, "C 3 3"),
     )
+    check_alike(means=means, quats=quats, scales=scales, opacities=opacities, viewmats=viewmats, Ks=Ks)
     if use_kernel(means):
         return _project(means, quats, scales, opacities, viewmats, Ks, size[0], size[1], antialiased)
     return project_reference(means, quats, scales, opacities, viewmats, Ks, size[0], size[1], antialiased)

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from prismfield.render.checks import check_shapes
+from prismfield.render.checks import check_alike, check_shapes
 from prismfield.render.kernels import kernels, use_kernel
 
 C0 = 0.28209479177387814
@@ -38,7 +38,7 @@ def sh_colors(sh0: Tensor, shN: Tensor, means: Tensor, viewmats: Tensor, radii: 
         [C, N, 3], not clamped above.
 
     Raises:
-        ValueError: a shape does not fit, or `shN` holds too few terms for `degree`.
+        ValueError: a shape, dtype or device does not fit, or `shN` holds too few terms for `degree`.
     """
     bound = check_shapes(
         sh0=(sh0, "N 1 3"),
@@ -47,6 +47,7 @@ def sh_colors(sh0: Tensor, shN: Tensor, means: Tensor, viewmats: Tensor, radii: 
         viewmats=(viewmats, "C 4 4"),
         radii=(radii, "C N 2"),
     )
+    check_alike(sh0=sh0, shN=shN, means=means, viewmats=viewmats, radii=radii)
     if not 0 <= degree <= 3 or bound["K"] < (degree + 1) ** 2 - 1:
         raise ValueError(f"degree: expected 0..3 and at most what shN holds ({bound['K']} terms), got {degree}")
     if use_kernel(means):
