@@ -22,6 +22,7 @@ _WIDEST_GAP = math.radians(100)  # between neighbouring photographs round the sc
 _SWING_MARGIN = 0.05  # of the arc that was photographed, left out at each end
 _RING_BLUR = math.radians(25)  # the ring follows the photographer's, smoothed by this
 _KEYS_A_SECOND = 1.5  # of the photographs' poses; more would shake as the hand did
+_WIDEST_TURN = math.radians(35)  # between two keys; beyond, the way would be cut short through what was photographed
 _WORSE_THAN_TOUR = 1.6  # names are no order to fly in if that is this much longer than a short tour
 
 
@@ -130,7 +131,10 @@ def along_photographs(poses: Array, fov: float, frames: int, seconds: float) -> 
     tour = _short_tour(steps)
     if _length(steps, order) > _WORSE_THAN_TOUR * _length(steps, tour):
         order = tour
-    count = min(len(order), max(4, round(_KEYS_A_SECOND * seconds)))
+    flown = poses[order][:, :3, :3]
+    cosines = 0.5 * ((flown[1:] * flown[:-1]).sum((1, 2)) - 1)
+    turned = float(np.arccos(np.clip(cosines, -1, 1)).sum())
+    count = min(len(order), max(4, round(_KEYS_A_SECOND * seconds), math.ceil(turned / _WIDEST_TURN) + 1))
     keys = poses[order[np.linspace(0, len(order) - 1, count).round().astype(int)]]
     return through(Keyframes(keys, np.full(len(keys), fov), None, loop=False), frames)
 
