@@ -72,12 +72,16 @@ def train_run(config: TrainConfig) -> tuple[Path, bool]:
         log.info("going on at step %d", session.clock.step)
     log.info("run folder %s", folder)
     viewer = _open_viewer(session, folder) if config.viewer else None
-    with Progress(folder, session) as progress:
-        finished = train(session, folder, progress, viewer)
-        if finished:
-            _finish(session, folder, progress, began, kernels)
-    if viewer is not None:
-        viewer.close()
+    try:
+        with Progress(folder, session) as progress:
+            finished = train(session, folder, progress, viewer)
+            if finished:
+                _finish(session, folder, progress, began, kernels)
+        if finished and viewer is not None:
+            _stay_open(viewer)
+    finally:
+        if viewer is not None:
+            viewer.close()
     return folder, finished
 
 
@@ -118,7 +122,20 @@ def _finish(session: Session, folder: Path, progress: Any, began: float, kernels
 def _open_viewer(session: Session, folder: Path) -> Any:
     from prismfield.viewer.live import LiveViewer  # not at the top: the viewer builds on train
 
-    return LiveViewer(folder.name, session.scene, session.data, port=session.config.viewer_port)
+    views = session.train_views, session.test_views
+    return LiveViewer(folder.name, session.scene, session.data, *views, port=session.config.viewer_port)
+
+
+def _stay_open(viewer: Any) -> None:
+    """Serve the trained scene until Ctrl-C or SIGTERM."""
+    from prismfield.train.loop import Interrupt
+
+    interrupt = Interrupt()
+    viewer.finish()
+    log.info("the live view stays open at %s; Ctrl-C ends it", viewer.url)
+    with interrupt.listen():
+        while not interrupt.asked:
+            viewer.wait()
 
 
 def _last_step(folder: Path) -> int:

@@ -1,0 +1,73 @@
+"""How large the live view's pictures are and when the next one is due, so that training hardly notices."""
+
+from __future__ import annotations
+
+BLOCK_SECONDS = 0.050
+"""No picture is planned to hold up training for longer."""
+STILL_SHARE = 0.2
+"""Most of the time that pictures take while nobody moves."""
+_MOVING_SHARE = 0.5  # while somebody does
+# What a picture is planned to take; the rest of BLOCK_SECONDS is for a scene that costs more from elsewhere.
+_MOVING_SECONDS, _STILL_SECONDS, _PAUSED_SECONDS = 0.020, 0.035, 0.080
+_SETTLE_SECONDS = 0.25  # after the last change until the camera counts as still
+_REFRESH_SECONDS = 0.25  # between complete pictures of a scene that trains
+_FIRST_PIXELS, _LEAST_PIXELS = 10_000, 768
+_GROWTH = 4.0  # in pixels, from one picture to the next
+
+
+class Pace:
+    """One client's pictures. Used by the training thread alone; every `now` is in seconds of one steady clock.
+
+    Drawing takes a fixed time and more for each pixel. Seconds a pixel, as measured, are therefore too many for a larger
+    picture, and a smaller one never takes longer than the one measured: the plan errs on the short side both ways.
+    """
+
+    def __init__(self) -> None:
+        self._rate: float | None = None  # seconds a pixel
+        self._limit = _FIRST_PIXELS  # for the next picture
+        self._cost = 0.0  # of the last picture, encoding included, seconds
+        self._changed = float("-inf")
+        self._drawn = float("-inf")
+        self._pending = True  # a change has not been drawn yet
+        self._complete = False  # the last picture had all the pixels there are
+
+    def changed(self, now: float, *, jump: bool) -> None:
+        """The client wants another picture; `jump`: of something else, which may take far longer or shorter to draw."""
+        self._changed, self._pending, self._complete = now, True, False
+        if jump:
+            self._limit = min(self._limit, _FIRST_PIXELS)
+
+    @property
+    def drawn_at(self) -> float:
+        """When the last picture was drawn."""
+        return self._drawn
+
+    def due(self, now: float, *, paused: bool = False, clients: int = 1) -> bool:
+        """Whether to draw now; `clients` share the time that pictures may take."""
+        moving = now - self._changed < _SETTLE_SECONDS
+        if paused:
+            return self._pending or not (moving or self._complete)
+        if moving and not self._pending:
+            return False
+        share = _MOVING_SHARE if self._pending else STILL_SHARE
+        rest = self._cost * (clients / share - 1)
+        return now - self._drawn >= (max(rest, _REFRESH_SECONDS) if self._complete else rest)
+
+    def pixels(self, now: float, full: int, *, paused: bool = False) -> int:
+        """How many of the `full` pixels to draw now."""
+        moving = now - self._changed < _SETTLE_SECONDS
+        if paused and not moving:
+            return full
+        if self._rate is None:
+            return min(self._limit, full)
+        seconds = _PAUSED_SECONDS if paused else _MOVING_SECONDS if moving else _STILL_SECONDS
+        return max(min(int(seconds / self._rate), self._limit, full), min(_LEAST_PIXELS, full))
+
+    def drawn(self, now: float, pixels: int, seconds: float, *, complete: bool, encoding: float = 0.0) -> None:
+        """A picture of `pixels` was drawn in `seconds`, ending now; encoding one takes `encoding` seconds elsewhere."""
+        rate = seconds / pixels
+        # A single slow picture is often another program's doing: it counts half, unless it broke the bound.
+        self._rate = rate if self._rate is None or seconds > BLOCK_SECONDS else (self._rate + rate) / 2
+        self._limit = max(int(_GROWTH * pixels), _LEAST_PIXELS)
+        self._cost = seconds + encoding
+        self._drawn, self._pending, self._complete = now, False, complete
