@@ -44,6 +44,9 @@ def _main() -> None:
     import tyro
 
     config = tyro.cli(Annotated[EvalConfig, arg(name="")], prog="render-eval")
+    from prismfield.train.folder import read_config
+
+    read_config(config.run)  # a mistyped name should not wait for torch
     from prismfield.train.evaluation import evaluate_run
 
     evaluate_run(config)
