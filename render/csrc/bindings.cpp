@@ -3,6 +3,7 @@
 #if defined(__GLIBC__)
 #include <malloc.h>
 #endif
+#include "constants.h"
 #include "cpu.h"
 #include "parallel.h"
 
@@ -24,6 +25,9 @@ NB_MODULE(PF_MODULE, m) {
   m.def("keep_freed_memory", &keep_freed_memory);
   m.def("set_num_threads", &pf::set_num_threads);
   m.def("num_threads", &pf::num_threads);
+  m.attr("ALPHA_MIN") = pf::kAlphaMin, m.attr("ALPHA_MAX") = pf::kAlphaMax, m.attr("TRANS_MIN") = pf::kTransMin;
+  m.attr("NEAR") = pf::kNear, m.attr("BLUR") = pf::kBlur, m.attr("VIEW_MARGIN") = pf::kViewMargin;
+  m.attr("LOG_ALPHA_MIN") = pf::kLogAlphaMin;
   pf::bind_adam(m);
   pf::bind_bin(m);
   pf::bind_composite(m);

@@ -38,7 +38,8 @@ struct Projection {
   T px, py, pz, inv_z, tan_x, tan_y, clamped_x, clamped_y;
   T jx, jxz, jy, jyz;      // Jacobian rows (jx, 0, jxz) and (0, jy, jyz)
   T u[3], v[3];            // projected axes
-  T var_x, covar, var_y, det, sharp_det, mass;
+  T n[3];                  // u x v: its square is the determinant without the blur, with no difference of large products
+  T var_x, covar, var_y, det, sharp_det, added_det, mass;
 
   PF_INLINE void forward(const Camera &cam, const Gaussian3D<T> &g, bool antialiased) {
     inv_norm = T{} + 1.f;
@@ -65,8 +66,10 @@ struct Projection {
     const T a = u[0] * u[0] + u[1] * u[1] + u[2] * u[2], c = v[0] * v[0] + v[1] * v[1] + v[2] * v[2];
     covar = u[0] * v[0] + u[1] * v[1] + u[2] * v[2];
     var_x = a + kBlur, var_y = c + kBlur;
-    det = var_x * var_y - covar * covar;
-    sharp_det = a * c - covar * covar;
+    n[0] = u[1] * v[2] - u[2] * v[1], n[1] = u[2] * v[0] - u[0] * v[2], n[2] = u[0] * v[1] - u[1] * v[0];
+    sharp_det = n[0] * n[0] + n[1] * n[1] + n[2] * n[2];
+    added_det = kBlur * (a + c) + kBlur * kBlur;
+    det = sharp_det + added_det;
     mass = g.opacity;
     if (antialiased) mass = mass * sqrt(max(sharp_det / det, T{} + 1e-12f));
   }
@@ -78,23 +81,22 @@ struct Projection {
   // parameters (x, y, a, b, c, log_opacity) and of the depth.
   PF_INLINE void backward(const Camera &cam, const Gaussian3D<T> &g, bool antialiased, const T *v_params, T v_depth,
                           Gaussian3D<T> &out, T *v_view) const {
-    // Covariance: d(inverse) = -inverse d inverse.
+    // Conic: d(inverse) = -inverse d inverse, with inverse * (u, v) in a form that does not cancel for needles.
     const T inv_det = 1.f / det, a = var_y * inv_det, b = -covar * inv_det, c = var_x * inv_det, half = 0.5f * v_params[3];
-    const T m00 = a * v_params[2] + b * half, m01 = a * half + b * v_params[4];
-    const T m10 = b * v_params[2] + c * half, m11 = b * half + c * v_params[4];
-    T v_var_x = -(m00 * a + m01 * b), v_covar = -(m00 * b + m01 * c + m10 * a + m11 * b), v_var_y = -(m10 * b + m11 * c);
+    T v_sharp{}, v_added{};  // what 1/2 log(sharp_det / det) makes of the two parts of det
     out.opacity = v_params[5] / g.opacity;
     if (antialiased) {
-      const T scale = select(lt(T{} + 1e-12f * det, sharp_det), 0.5f * v_params[5], T{});
-      const T inv_sharp = scale / max(sharp_det, T{} + 1e-30f), inv_blurred = scale * inv_det;
-      v_var_x += (var_y - kBlur) * inv_sharp - var_y * inv_blurred;
-      v_var_y += (var_x - kBlur) * inv_sharp - var_x * inv_blurred;
-      v_covar += 2.f * covar * (inv_blurred - inv_sharp);
+      const T scale = select(lt(T{} + 1e-12f * det, sharp_det), v_params[5] * inv_det, T{});
+      v_sharp = scale * added_det / max(sharp_det, T{} + 1e-30f), v_added = -kBlur * scale;
     }
     T v_u[3], v_v[3], v_jx = T{}, v_jxz = T{}, v_jy = T{}, v_jyz = T{};
     for (int k = 0; k < 3; k++) {
-      v_u[k] = 2.f * v_var_x * u[k] + v_covar * v[k];
-      v_v[k] = v_covar * u[k] + 2.f * v_var_y * v[k];
+      const int k1 = (k + 1) % 3, k2 = (k + 2) % 3;
+      const T v_n = v[k1] * n[k2] - v[k2] * n[k1], n_u = n[k1] * u[k2] - n[k2] * u[k1];  // v x n and n x u
+      const T p = (v_n + kBlur * u[k]) * inv_det, q = (n_u + kBlur * v[k]) * inv_det;
+      const T v_p = -2.f * (v_params[2] * p + half * q), v_q = -2.f * (half * p + v_params[4] * q);
+      v_u[k] = a * v_p + b * v_q + v_sharp * v_n + v_added * u[k];
+      v_v[k] = b * v_p + c * v_q + v_sharp * n_u + v_added * v[k];
       v_jx += view[k] * v_u[k], v_jxz += view[6 + k] * v_u[k];
       v_jy += view[3 + k] * v_v[k], v_jyz += view[6 + k] * v_v[k];
     }

@@ -1,5 +1,7 @@
 """Project 3D Gaussians to screen parameters and footprints (EWA splatting)."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -8,6 +10,8 @@ from prismfield.render.kernels import kernels, use_kernel
 from prismfield.render.ops.constants import ALPHA_MIN, BLUR, NEAR, VIEW_MARGIN
 
 Projection = tuple[Tensor, Tensor, Tensor]
+MAX_EXTENT = 1e18
+"""Gaussians whose variance in square pixels or whose distance from the image in pixels reaches this are not drawn."""
 
 
 def project(
@@ -83,11 +87,40 @@ def project_reference(
     antialiased: bool,
 ) -> Projection:
     """`project` in plain PyTorch: the specification."""
+    gaussians = [t.expand(len(viewmats), *t.shape) for t in (means, quats, scales, opacities)]
+    with torch.no_grad():
+        params, z, variances = _screen(*gaussians, viewmats, Ks, width, height, antialiased)
+        level = 2.0 * (params[..., 5] - math.log(ALPHA_MIN))
+        radii = (level.clamp(min=0)[..., None] * variances).sqrt()
+        low, high = params[..., :2] + radii > 0, params[..., :2] - radii < params.new_tensor([width, height])
+        drawn = (z > NEAR) & (level > 0) & (low & high).all(-1)
+        # Phrased so that NaN fails; beyond these, squares overflow in single precision
+        drawn &= (variances.sum(-1) < MAX_EXTENT) & (params[..., :2].abs().sum(-1) < MAX_EXTENT)
+        drawn &= torch.isfinite(params).all(-1)
+    # Once more, with harmless numbers where nothing is drawn: the zero gradient that these get would become NaN * 0.
+    gaussians = [torch.where(drawn.view(*drawn.shape, *[1] * (t.dim() - 2)), t, torch.ones_like(t)) for t in gaussians]
+    params, z, _ = _screen(*gaussians, viewmats, Ks, width, height, antialiased)
+    zero = torch.zeros_like(z)
+    params = torch.where(drawn[..., None], params, zero[..., None])
+    return params, torch.where(drawn, z, zero), torch.where(drawn[..., None], radii, zero[..., None])
+
+
+def _screen(
+    means: Tensor,
+    quats: Tensor,
+    scales: Tensor,
+    opacities: Tensor,
+    viewmats: Tensor,
+    Ks: Tensor,
+    width: int,
+    height: int,
+    antialiased: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Screen parameters [C, N, 6], camera z [C, N] and variances [C, N, 2] of Gaussians [C, N, ...], drawn or not."""
     rotations, translations = viewmats[:, :3, :3], viewmats[:, :3, 3]
-    x, y, z = (torch.einsum("cij,nj->cni", rotations, means) + translations[:, None]).unbind(-1)
+    x, y, z = (torch.einsum("cij,cnj->cni", rotations, means) + translations[:, None]).unbind(-1)
     fx, fy, cx, cy = (Ks[:, i, j, None] for i, j in ((0, 0), (1, 1), (0, 2), (1, 2)))
-    in_front = z > NEAR
-    safe_z = torch.where(in_front, z, torch.ones_like(z))
+    safe_z = torch.where(z > NEAR, z, torch.ones_like(z))
 
     # The Jacobian of the projection, taken at the nearest direction inside the widened image.
     margin_x, margin_y = VIEW_MARGIN * width / fx, VIEW_MARGIN * height / fy
@@ -98,29 +131,21 @@ def project_reference(
     row_y = torch.stack([zero, (fy / safe_z), -fy * tan_y / safe_z], -1)
     jacobians = torch.stack([row_x, row_y], -2)
 
-    axes = rotation_matrices(quats) * scales[:, None, :]  # columns are the principal axes
-    projected = jacobians @ torch.einsum("cij,njk->cnik", rotations, axes)
-    covars = projected @ projected.mT
-    sharp_det = covars[..., 0, 0] * covars[..., 1, 1] - covars[..., 0, 1] ** 2
-    var_x, covar, var_y = covars[..., 0, 0] + BLUR, covars[..., 0, 1], covars[..., 1, 1] + BLUR
-    det = var_x * var_y - covar * covar
+    axes = rotation_matrices(quats) * scales[..., None, :]  # columns are the principal axes
+    u, v = (jacobians @ torch.einsum("cij,cnjk->cnik", rotations, axes)).unbind(-2)
+    var_x, covar, var_y = (u * u).sum(-1), (u * v).sum(-1), (v * v).sum(-1)
+    # |u x v|^2 = var_x var_y - covar^2, but for needles that is a small difference of large products.
+    sharp_det = torch.linalg.cross(u, v).square().sum(-1)
+    det = sharp_det + BLUR * (var_x + var_y) + BLUR * BLUR
+    var_x, var_y = var_x + BLUR, var_y + BLUR
 
-    mass = opacities.expand_as(z)
+    mass = opacities
     if antialiased:
         mass = mass * (sharp_det / det).clamp(min=1e-12).sqrt()
-    safe_mass = torch.where(mass > ALPHA_MIN, mass, torch.ones_like(mass))
+    log_mass = torch.where(mass > ALPHA_MIN, mass, torch.full_like(mass, 0.5 * ALPHA_MIN)).log()
     mean_x, mean_y = fx * x / safe_z + cx, fy * y / safe_z + cy
-    params = torch.stack([mean_x, mean_y, var_y / det, -covar / det, var_x / det, safe_mass.log()], -1)
-
-    with torch.no_grad():
-        level = 2.0 * (safe_mass.log() - torch.log(torch.tensor(ALPHA_MIN, dtype=z.dtype, device=z.device)))
-        radius_x, radius_y = (level * var_x).sqrt(), (level * var_y).sqrt()
-        drawn = in_front & (mass > ALPHA_MIN) & (det > 0) & torch.isfinite(params).all(-1)
-        drawn &= (mean_x + radius_x > 0) & (mean_x - radius_x < width)
-        drawn &= (mean_y + radius_y > 0) & (mean_y - radius_y < height)
-        radii = torch.where(drawn[..., None], torch.stack([radius_x, radius_y], -1), 0.0)
-    params = torch.where(drawn[..., None], params, torch.zeros_like(params))
-    return params, torch.where(drawn, z, zero), radii
+    params = torch.stack([mean_x, mean_y, var_y / det, -covar / det, var_x / det, log_mass], -1)
+    return params, z, torch.stack([var_x, var_y], -1)
 
 
 @torch.library.custom_op("prismfield::project", mutates_args=())

@@ -1,0 +1,22 @@
+"""The cutoffs stand once in Python and once in C++."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from raster_fixtures import usable_levels
+
+from prismfield.render.ops import constants
+
+NAMES = [name for name in vars(constants) if name.isupper()]
+
+
+@pytest.mark.parametrize("module", usable_levels())
+def test_kernels_use_the_same_constants(module: Any) -> None:
+    assert len(NAMES) == 6
+    for name in NAMES:
+        assert getattr(module, name) == torch.tensor(getattr(constants, name)).item(), name
+    assert module.LOG_ALPHA_MIN == torch.tensor(math.log(constants.ALPHA_MIN)).item()
