@@ -46,8 +46,9 @@ def write_video(path: Path, frames: Iterable[NDArray[np.uint8]], size: tuple[int
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     command = [_ffmpeg(), "-y", "-loglevel", "error", "-nostdin", "-f", "rawvideo", "-pix_fmt", "rgb24"]
     command += ["-s", f"{size[0]}x{size[1]}", "-r", f"{fps:g}", "-i", "pipe:0", "-an"]
-    command += ["-vf", "scale=out_color_matrix=bt709:out_range=tv", "-c:v", "libx264", "-crf", str(crf)]
-    command += ["-pix_fmt", "yuv420p", "-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709"]
+    tags = "setparams=range=tv:colorspace=bt709:color_primaries=bt709:color_trc=bt709"
+    command += ["-vf", f"scale=out_color_matrix=bt709:out_range=tv,format=yuv420p,{tags}"]
+    command += ["-c:v", "libx264", "-crf", str(crf), "-pix_fmt", "yuv420p"]
     command += ["-movflags", "+faststart", "-f", "mp4", str(part)]
     # In a group of its own: Ctrl-C is ours to answer, and ffmpeg would complain about the pipe.
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)

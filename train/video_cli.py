@@ -70,13 +70,14 @@ def film(config: VideoConfig) -> None:
         OSError: the video cannot be written.
     """
     _check(config)
+    from prismfield.train.video import check_video, end_on_terminate, even_size, write_video
+
+    check_video(config.out)
     from rich.console import Console
 
     from prismfield.export.library import load
     from prismfield.train.cli import show_log, use_threads
-    from prismfield.train.video import check_video, end_on_terminate, even_size, write_video
 
-    check_video(config.out)
     show_log()
     use_threads(config.threads)
     end_on_terminate()
