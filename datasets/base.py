@@ -76,7 +76,8 @@ class SceneFrame:
     def cameras_to_user(self, cameras: Cameras) -> Cameras:
         """Cameras from the scene's frame to the user's, in double precision: those may be far from their origin."""
         viewmats = cameras.viewmats.double()
-        rotations, shifts = viewmats[:, :3, :3], viewmats[:, :3, 3:]
+        left, _, right = torch.linalg.svd(viewmats[:, :3, :3])
+        rotations, shifts = left @ right, viewmats[:, :3, 3:]  # the rounding of single precision would show far out
         shifts = shifts / self.scale - rotations @ viewmats.new_tensor(self.center)[:, None]
         return _posed(cameras, rotations, shifts, torch.float64)
 
