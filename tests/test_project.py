@@ -27,7 +27,6 @@ from torch import Tensor
 
 from prismfield.render import kernels as kernels_module
 from prismfield.render.cameras import Cameras
-from prismfield.render.ops import project as project_op
 from prismfield.render.ops.project import project, project_reference, rotation_matrices
 
 NAMES = ("means", "quats", "scales", "opacities", "viewmats")
@@ -264,5 +263,5 @@ def test_bad_arguments_are_named(position: int) -> None:
         project(*wrong_shape, (17, 9))
     for dtype in (torch.float64, torch.int32):
         wrong_dtype = [t.to(dtype) if i == position else t for i, t in enumerate(inputs)]
-        with pytest.raises(ValueError, match=r"^means: expected a floating|^(quats|%s): expected dtype" % name):
+        with pytest.raises(ValueError, match=rf"^means: expected a floating|^(quats|{name}): expected dtype"):
             project(*wrong_dtype, (17, 9))
