@@ -38,7 +38,7 @@ def write_video(path: Path, frames: Iterable[NDArray[np.uint8]], size: tuple[int
         frames: [H, W, 3] each; the iterator may take its time.
         size: (width, height), even.
         fps: frames a second.
-        crf: quality, 0 (lossless) to 51; 18 is hard to tell from the original.
+        crf: quality, 1 to 51, lower is better; 18 is hard to tell from the original.
 
     Raises:
         OSError: ffmpeg is not there, or could not write.

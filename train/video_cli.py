@@ -43,7 +43,7 @@ class VideoConfig:
     fov: float | None = None
     """Vertical field of view, degrees; default the photographs', 50 for a .ply."""
     quality: int = 18
-    """x264's CRF: 0 is lossless, 18 hard to tell from it, 28 small."""
+    """x264's CRF, 1 to 51: 18 is hard to tell from the frames themselves, 28 is small."""
     step: int | None = None
     """Of which checkpoint of a run; default the newest."""
     threads: int = 0
@@ -93,7 +93,7 @@ def film(config: VideoConfig) -> None:
 
 def _check(config: VideoConfig) -> None:
     """Raise a ValueError naming the first option that makes no sense."""
-    limits: dict[str, tuple[float, float]] = {"seconds": (0.01, 3600), "fps": (1, 240), "quality": (0, 51)}
+    limits: dict[str, tuple[float, float]] = {"seconds": (0.01, 3600), "fps": (1, 240), "quality": (1, 51)}
     limits |= {"width": (2, 8192), "height": (2, 8192), "fov": (1, 170), "threads": (0, 4096)}
     for name, (low, high) in limits.items():
         value = getattr(config, name)

@@ -6,9 +6,9 @@
     for camera in scene.cameras("test"):
         rgb = pf.render(scene, camera).rgb[0]  # [H, W, 3], 0..1
 
-`load`, `render`, `Scene`: trained scenes, drawn. `Cameras`, `RenderOutput`: what goes in and comes out. `load_scene`:
-photographs with poses. `TrainConfig`, `train_run`: what `render-train` does. Positions and cameras are in the user's
-frame: the axes and units of the capture's files. Nothing heavy is imported before it is used.
+`load`, `render`, `Scene`: trained scenes, drawn; `Cameras`, `RenderOutput`: what goes in and comes out, in the user's
+frame: the axes and units of the capture's files. `load_scene`: photographs with poses. `TrainConfig`, `train_run`: what
+`render-train` does. Nothing heavy is imported before it is used. docs/evaluate-export.md has more.
 """
 
 from __future__ import annotations
