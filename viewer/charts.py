@@ -19,9 +19,9 @@ _AXIS = "#909296"  # readable on the dark theme
 class Charts:
     """Text and curves in the part of the panel that all clients share."""
 
-    def __init__(self, gui: Any) -> None:
-        """The text goes where `gui` is now, the curves into a folder of their own."""
-        self._text = gui.add_markdown("Waiting for the first step.")
+    def __init__(self, gui: Any, text: Any) -> None:
+        """`text` is the markdown element for the numbers; the curves come into a folder of their own."""
+        self._text = text
         self._latest: dict[str, float] = {}
         self._step = 0
         self._points: list[tuple[float, ...]] = []
@@ -31,6 +31,7 @@ class Charts:
         self._lock = threading.Lock()
         """`record` and `show` may run on different threads."""
         self._text_at = self._curves_at = float("-inf")
+        text.content = words(0, {})
         with gui.add_folder("Curves", order=4):
             self._curves = {
                 name: gui.add_uplot(

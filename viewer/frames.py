@@ -23,6 +23,7 @@ Compare = Literal["off", "wipe", "blend", "error"]
 _MOST_PIXELS = 2_000_000
 _ERROR_WHITE = 0.25  # mean absolute error shown brightest
 _DEPTH_WIDTH = 240  # of the depth that hides frusta, pixels
+_NEARER_THAN_ALL = 1e-3  # scene units: hides every frustum
 _NOWHERE = 160.0  # scene units; what the client takes for infinitely far, its format ends at 167
 
 
@@ -158,12 +159,15 @@ class Picture:
 
     rgb: Bytes
     depth: Floats | None
-    """[h, w], smaller than the colour: what hides frusta."""
+    """[h, w] scene units, smaller than the colour: what frusta hide behind; beside a photo they all do."""
     depth_range: tuple[float, float] | None
     """Scene units at the ends of the colours of "depth"."""
     psnr: float | None
     """Decibels between render and photo, where one lies over the other."""
     complete: bool
+    """No finer picture will follow."""
+    lacks_depth: bool
+    """The mode needs a depth that the representation does not render; the colours are shown."""
 
 
 def compose(drawn: Drawn, request: Request, *, with_depth: bool) -> Picture:
@@ -185,8 +189,13 @@ def compose(drawn: Drawn, request: Request, *, with_depth: bool) -> Picture:
         psnr = -10 * math.log10(max(float(np.mean(error**2)), 1e-10)) if inside.any() else None
         if request.compare != "error" or request.mode == "color":
             picture = compare(picture, truth, inside, request.compare, request.split)
-    depth = occluder(drawn.depth, drawn.alpha) if with_depth and drawn.depth is not None else None
-    return Picture(picture, depth, depth_range, psnr, drawn.complete)
+    depth = None
+    if photo is not None and request.compare != "off":
+        depth = np.full((1, 1), _NEARER_THAN_ALL, np.float32)
+    elif with_depth and drawn.depth is not None:
+        depth = occluder(drawn.depth, drawn.alpha)
+    lacks_depth = request.mode in ("depth", "normal") and drawn.depth is None
+    return Picture(picture, depth, depth_range, psnr, drawn.complete, lacks_depth)
 
 
 def depth_colors(depth: Floats, alpha: Floats, background: Floats) -> tuple[Floats, tuple[float, float]]:

@@ -26,6 +26,7 @@ _COLORS: dict[Split, tuple[int, int, int]] = {"train": (70, 140, 255), "test": (
 _MOST_FRUSTA = {"train": 300, "test": 100}
 _MOST_THUMBNAILS = 150
 _THUMBNAIL_WIDTH = 96
+_FARTHEST_NEAR = 0.9  # scene units; viser shows the picture at distance 1
 _DUTY = 0.25  # most of one processor that decoding thumbnails takes
 
 
@@ -66,17 +67,21 @@ class Frusta:
     """Frusta of a server's scene; clicking one calls `on_click(client, split, index)`."""
 
     def __init__(
-        self, server: Any, views: dict[Split, Views], on_click: Callable[[Any, Split, int], None], size: float = 0.06
+        self, server: Any, views: dict[Split, Views], on_click: Callable[[Any, Split, int], None], size: float
     ) -> None:
         self._views = views
         self._handles: dict[tuple[Split, int], Any] = {}
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
+        self._reach = 1.0  # of the longest frustum, in its size
         self._parents = {split: server.scene.add_frame(f"/{split}", show_axes=False) for split in views}
         for split, them in views.items():
             for index in evenly(len(them), _MOST_FRUSTA[split]):
                 camera = them.camera(index)
                 fx, fy = float(camera.Ks[0, 0, 0]), float(camera.Ks[0, 1, 1])
+                # viser draws frusta of equal volume
+                volume = camera.width * camera.height / (4 * fx * fy) / 3
+                self._reach = max(self._reach, volume ** (-1 / 3))
                 handle = server.scene.add_camera_frustum(
                     f"/{split}/{index:05d}",
                     fov=2 * math.atan(camera.height / (2 * fy)),
@@ -102,8 +107,12 @@ class Frusta:
         """Show or hide the frusta of a split."""
         self._parents[split].visible = visible
 
+    def near(self, size: float) -> float:
+        """Distance from which on frusta of this size can be seen: none hides the view of who looks through its camera."""
+        return min(1.02 * self._reach * size, _FARTHEST_NEAR)
+
     def resize(self, size: float) -> None:
-        """Scale all frusta, scene units."""
+        """Scale all frusta."""
         for handle in self._handles.values():
             handle.scale = size
 

@@ -34,6 +34,7 @@ log = logging.getLogger("prismfield")
 
 _PORTS_TRIED = 100
 _WAIT_SECONDS = 0.1  # most that `wait` blocks, so that Ctrl-C is noticed
+_FRUSTUM_SIZE = 0.03  # scene units; cameras stand about 1 from the centre
 _BACK_OFF_SECONDS = 2.0  # for a client whose picture failed
 _JUMP_RADIANS, _JUMP_DISTANCE = 0.2, 0.2  # moves after which drawing may cost something else
 
@@ -150,14 +151,16 @@ class LiveViewer:
         with gui.add_folder(None, order=0):
             self._pause = gui.add_button("Pause training", order=2)
             self._pause.on_click(lambda _: self._toggle_pause())
-            self._charts = Charts(gui)
-        self._frusta = Frusta(server, self._views, self._look_through)
+            text = gui.add_markdown("")
+        self._charts = Charts(gui, text)
+        self._frusta = Frusta(server, self._views, self._look_through, _FRUSTUM_SIZE)
+        server.initial_camera.near = self._frusta.near(_FRUSTUM_SIZE)
         with gui.add_folder("Cameras", order=3):
             for split in self._views:
                 box = gui.add_checkbox({"train": "Training", "test": "Test"}[split], True)
                 box.on_update(lambda event, split=split: self._show_frusta(split, event.target.value))
-            size = gui.add_slider("Size", 0.01, 0.3, 0.01, 0.06)
-            size.on_update(lambda event: self._frusta.resize(event.target.value))
+            size = gui.add_slider("Size", 0.01, 0.15, 0.005, _FRUSTUM_SIZE)
+            size.on_update(lambda event: self._resize_frusta(event.target.value))
         server.on_client_connect(self._connect)
         server.on_client_disconnect(self._disconnect)
 
@@ -182,6 +185,12 @@ class LiveViewer:
         self._frusta.show(split, visible)
         for panel in self._panels.values():  # with or without what hides them
             panel.viewport.change()
+
+    def _resize_frusta(self, size: float) -> None:
+        self._frusta.resize(size)
+        self._server.initial_camera.near = self._frusta.near(size)
+        for client in self._server.get_clients().values():
+            client.camera.near = self._frusta.near(size)
 
     def _toggle_pause(self) -> None:
         self._paused = not self._paused

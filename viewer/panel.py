@@ -81,17 +81,17 @@ class Panel:
         self._sent: tuple[str, str] = ("", "")
         gui = client.gui
         with gui.add_folder("View", order=1):
-            self._mode = gui.add_button_group("Show", list(_MODES))
+            self._mode = gui.add_dropdown("Show", list(_MODES))
             self._background = gui.add_rgb("Background", tuple(round(255 * c) for c in background))
             self._resolution = gui.add_slider(
                 "Resolution", 0.1, 1.0, 0.05, 1.0, hint="Most of the window's width and height that is drawn"
             )
             self._status = gui.add_markdown("")
         with gui.add_folder("Photo", order=2):
-            self._split = gui.add_dropdown("Set", [*self._views] or ["none"], hint="Training or test views")
+            self._split = gui.add_dropdown("From", [*self._views] or ["none"], hint="Training or test views")
             self._index = gui.add_slider("View", 0, max(1, self._last_index()), 1, 0)
             self._step = gui.add_button_group(" ", ["Previous", "Look", "Next"])
-            self._compare = gui.add_button_group("Compare", list(_COMPARISONS))
+            self._compare = gui.add_dropdown("Compare", list(_COMPARISONS), hint="Render and photo in one picture")
             self._amount = gui.add_slider("Photo", 0.0, 1.0, 0.01, 0.5, hint="Share of the photo in wipe and blend")
             self._caption = gui.add_markdown("Click a camera, or **Look** through one, to see its photo.")
             self._image = gui.add_image(np.zeros((2, 2, 3), np.uint8), format="jpeg", visible=False)
@@ -105,10 +105,10 @@ class Panel:
         async def _(camera: viser.CameraHandle) -> None:  # async: runs in order, on viser's loop
             self.viewport.look(camera)
 
-        self._mode.on_click(lambda _: change(mode=_MODES[self._mode.value]))
+        self._mode.on_update(lambda _: change(mode=_MODES[self._mode.value]))
         self._background.on_update(lambda _: change(background=tuple(c / 255 for c in self._background.value)))
         self._resolution.on_update(lambda _: change(resolution=float(self._resolution.value)))
-        self._compare.on_click(lambda _: self._compare_photo())
+        self._compare.on_update(lambda _: self._compare_photo())
         self._amount.on_update(lambda _: change(split=float(self._amount.value)))
         self._split.on_update(lambda _: self._choose_split())
         self._step.on_click(lambda _: self._move({"Previous": -1, "Look": 0, "Next": 1}[self._step.value]))
@@ -174,7 +174,7 @@ class Panel:
         if picture.depth_range is not None:
             near, far = (value / self._frame.scale for value in picture.depth_range)
             status += f", depth {near:.3g} to {far:.3g}"
-        elif request.mode in ("depth", "normal"):
+        elif picture.lacks_depth:
             status += ": this representation renders no depth"
         caption = ""
         if request.photo is not None:
