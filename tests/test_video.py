@@ -130,6 +130,15 @@ def test_a_path_goes_through_its_keyframes_on_time() -> None:
     assert 0 < end < 2.0  # nearly back
 
 
+def test_uneven_times_bend_no_parabola() -> None:
+    times = np.array([0.0, 1.0, 3.0, 4.0])
+    poses = np.tile(np.eye(4), (4, 1, 1))
+    poses[:, 0, 3], poses[:, 1, 3] = times, times**2
+    flown = through(Keyframes(poses, np.full(4, 0.5), times, loop=False), 401).camtoworlds[100:301, :3, 3]
+    moments = np.linspace(1, 3, 201)
+    np.testing.assert_allclose(flown, np.stack([moments, moments**2, 0 * moments], 1), atol=1e-9)
+
+
 def test_a_path_over_two_keyframes_turns_at_even_speed() -> None:
     poses = photographed(np.array([0.0, 90.0]))
     flight = through(Keyframes(poses, np.array([0.5, 0.5]), None, loop=False), 5)
