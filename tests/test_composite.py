@@ -300,4 +300,4 @@ def test_bad_arguments_are_named(build: Any) -> None:
         run(isects=replace(isects, row_starts=isects.row_starts[:8]))
     if build:
         with pytest.raises(ValueError, match=f"^isects: expected tiles of {build.tile_size} pixels, got 64"):
-            run(isects=replace(isects, tile_size=64))
+            run(isects=Isects(*bin_reference("gaussian", params, depths, radii, 17, 9, 64), 64))
