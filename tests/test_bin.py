@@ -7,14 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from raster_fixtures import (
-    COUNTS,
-    IMAGES,
-    make_cameras,
-    make_gaussians,
-    usable_levels,
-    use_kernels,
-)
 from torch import Tensor
 
 from prismfield.render import kernels as kernels_module
@@ -22,6 +14,15 @@ from prismfield.render.ops.bin import Isects, bin_primitives, bin_reference
 from prismfield.render.ops.constants import ALPHA_MIN
 from prismfield.render.ops.primitives import PRIMITIVES
 from prismfield.render.ops.project import project_reference
+
+from .raster_fixtures import (
+    COUNTS,
+    IMAGES,
+    make_cameras,
+    make_gaussians,
+    usable_levels,
+    use_kernels,
+)
 
 BUILDS = [pytest.param(None, id="reference"), *usable_levels()]
 Screen = tuple[Tensor, Tensor, Tensor]

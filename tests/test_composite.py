@@ -9,7 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from raster_fixtures import (
+from torch import Tensor
+
+from prismfield.render import kernels as kernels_module
+from prismfield.render.ops.bin import Isects, bin_primitives, bin_reference
+from prismfield.render.ops.composite import composite, composite_reference
+from prismfield.render.ops.constants import ALPHA_MAX, ALPHA_MIN, TRANS_MIN
+from prismfield.render.ops.project import project_reference
+
+from .raster_fixtures import (
     as_double,
     assert_rows_close,
     cotangents,
@@ -19,13 +27,6 @@ from raster_fixtures import (
     usable_levels,
     use_kernels,
 )
-from torch import Tensor
-
-from prismfield.render import kernels as kernels_module
-from prismfield.render.ops.bin import Isects, bin_primitives, bin_reference
-from prismfield.render.ops.composite import composite, composite_reference
-from prismfield.render.ops.constants import ALPHA_MAX, ALPHA_MIN, TRANS_MIN
-from prismfield.render.ops.project import project_reference
 
 BUILDS = [pytest.param(None, id="reference"), *usable_levels()]
 Size = tuple[int, int]

@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from raster_fixtures import usable_levels
 
 from prismfield.render.ops import constants
+
+from .raster_fixtures import usable_levels
 
 NAMES = [name for name in vars(constants) if name.isupper()]
 

@@ -6,7 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from raster_fixtures import (
+from torch import Tensor
+
+from prismfield.render import kernels as kernels_module
+from prismfield.render.cameras import Cameras
+from prismfield.render.ops.project import project, project_reference, rotation_matrices
+
+from .raster_fixtures import (
     BEHIND,
     BEYOND,
     CLEAR,
@@ -23,11 +29,6 @@ from raster_fixtures import (
     usable_levels,
     use_kernels,
 )
-from torch import Tensor
-
-from prismfield.render import kernels as kernels_module
-from prismfield.render.cameras import Cameras
-from prismfield.render.ops.project import project, project_reference, rotation_matrices
 
 NAMES = ("means", "quats", "scales", "opacities", "viewmats")
 

@@ -8,7 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from raster_fixtures import (
+from scipy import special
+from torch import Tensor
+
+from prismfield.render.ops.sh import sh_basis, sh_colors, sh_colors_reference
+
+from .raster_fixtures import (
     COUNTS,
     assert_rows_close,
     cotangents,
@@ -17,10 +22,6 @@ from raster_fixtures import (
     usable_levels,
     use_kernels,
 )
-from scipy import special
-from torch import Tensor
-
-from prismfield.render.ops.sh import sh_basis, sh_colors, sh_colors_reference
 
 NAMES = ("sh0", "shN", "means", "viewmats")
 

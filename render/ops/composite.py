@@ -247,10 +247,16 @@ def _save(ctx, inputs, output):
     ctx.primitive, tensors, ctx.options = inputs[0], inputs[1:10], inputs[10:13]
     ctx.save_for_backward(*tensors, *output[4:])
     ctx.mark_non_differentiable(*output[3:])
+    ctx.depth_shape = output[2].shape
+    ctx.set_materialize_grads(False)  # else zeros are made for all outputs, the lists of intersections too
 
 
 def _backward(ctx, v_features, v_alpha, v_depth, *_):
     *tensors, trans, stops, masks = ctx.saved_tensors
+    params, background, shape = tensors[0], tensors[3], (len(tensors[3]), ctx.options[1], ctx.options[0])
+    v_features = params.new_zeros(*shape, background.shape[1]) if v_features is None else v_features
+    v_alpha = params.new_zeros(shape) if v_alpha is None else v_alpha
+    v_depth = params.new_zeros(ctx.depth_shape) if v_depth is None else v_depth
     saved = (*tensors, *ctx.options, trans, stops, masks)
     grads = _composite_backward(ctx.primitive, *saved, v_features, v_alpha, v_depth)
     return None, *grads, *(None,) * 9

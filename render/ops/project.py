@@ -210,10 +210,13 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*inputs[:6], output[2])
     ctx.options = inputs[6:]
     ctx.mark_non_differentiable(output[2])
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, v_params, v_depths, _v_radii):
     *inputs, radii = ctx.saved_tensors
+    v_params = radii.new_zeros(*radii.shape[:2], 6) if v_params is None else v_params
+    v_depths = radii.new_zeros(radii.shape[:2]) if v_depths is None else v_depths
     grads = _project_backward(*inputs, *ctx.options, radii, v_params, v_depths, ctx.needs_input_grad[4])
     return *grads[:4], grads[4] if ctx.needs_input_grad[4] else None, None, None, None, None
 

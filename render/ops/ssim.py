@@ -135,9 +135,12 @@ def _(rgb, target, ssim_weight, mask):
 def _save(ctx, inputs, output):
     ctx.save_for_backward(output[2])
     ctx.mark_non_differentiable(output[1], output[2])
+    ctx.set_materialize_grads(False)
 
 
 def _backward(ctx, v_loss, *_):
+    if v_loss is None:
+        return None, None, None, None
     return ctx.saved_tensors[0] * v_loss, None, None, None
 
 
