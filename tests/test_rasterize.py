@@ -7,6 +7,17 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
+
+from prismfield.render import kernels as kernels_module
+from prismfield.render.cameras import Cameras
+from prismfield.render.ops.bin import Isects
+from prismfield.render.ops.composite import composite_reference
+from prismfield.render.ops.project import project_reference
+from prismfield.render.ops.sh import sh_colors_reference
+from prismfield.render.output import RenderOutput
+from prismfield.render.rasterize import EXTRAS, rasterize, rasterize_gaussians
+
 from .raster_fixtures import (
     Gaussians3D,
     angle_axis,
@@ -19,16 +30,6 @@ from .raster_fixtures import (
     usable_levels,
     use_kernels,
 )
-from torch import Tensor
-
-from prismfield.render import kernels as kernels_module
-from prismfield.render.cameras import Cameras
-from prismfield.render.ops.bin import Isects
-from prismfield.render.ops.composite import composite_reference
-from prismfield.render.ops.project import project_reference
-from prismfield.render.ops.sh import sh_colors_reference
-from prismfield.render.output import RenderOutput
-from prismfield.render.rasterize import EXTRAS, rasterize, rasterize_gaussians
 
 BUILDS = [pytest.param(None, id="reference"), *usable_levels()]
 IMAGE = (70, 45)

@@ -1,0 +1,122 @@
+"""Who rasterizes: our ops or gsplat, and how each is refused."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from prismfield.render import backends
+from prismfield.render import kernels as kernels_module
+from prismfield.render.rasterize import rasterize_gaussians
+
+from .raster_fixtures import make_cameras, make_gaussians
+
+
+@pytest.fixture(autouse=True)
+def unchanged() -> Iterator[None]:
+    yield
+    backends.choose("auto", torch.device("cpu"))
+
+
+def test_gsplat_needs_cuda() -> None:
+    with pytest.raises(ValueError) as error:
+        backends.choose("gsplat", torch.device("cpu"))
+    assert str(error.value) == "--backend gsplat: needs a CUDA device, and this training runs on cpu"
+    assert backends.current() == "auto"
+
+
+def test_gsplat_needs_gsplat(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "gsplat", None)
+    with pytest.raises(ValueError, match=r"^--backend gsplat: gsplat cannot be imported \(.+\); pip install gsplat$"):
+        backends.choose("gsplat", torch.device("cuda"))
+    assert backends.current() == "auto"
+
+
+@pytest.mark.skipif(kernels_module.kernels is None, reason="no compiled kernels")
+def test_the_reference_on_request() -> None:
+    tensor = torch.zeros(1)
+    assert kernels_module.use_kernel(tensor)
+    backends.choose("reference", torch.device("cpu"))
+    assert backends.current() == "reference" and not kernels_module.use_kernel(tensor)
+    backends.choose("auto", torch.device("cpu"))
+    assert kernels_module.use_kernel(tensor)
+
+
+def test_the_reference_without_kernels(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """An installation that has no kernels draws the same picture and says so in one line."""
+    cameras = make_cameras(1, 33, 21)
+    g = make_gaussians(40, cameras)
+    arguments = (g.means, g.quats, g.scales, g.opacities, (g.sh0, g.shN), cameras)
+    wanted = rasterize_gaussians(*arguments, sh_degree=2).rgb
+    monkeypatch.setattr(kernels_module, "kernels", None)
+    monkeypatch.setattr(kernels_module, "_told", False)
+    monkeypatch.setattr(kernels_module.log, "propagate", True)
+    with caplog.at_level(logging.WARNING, logger="prismfield"):
+        got = rasterize_gaussians(*arguments, sh_degree=2).rgb
+    assert len(caplog.messages) == 1
+    assert (got - wanted).abs().mean() < 1e-5
+
+
+class FakeGsplat:
+    """Answers like `gsplat.rasterization` with recognisable numbers and remembers what it was asked."""
+
+    def __init__(self, radii_axes: int = 3) -> None:
+        self.radii_axes = radii_axes
+
+    def rasterization(self, *args: Any, **options: Any) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        self.args, self.options = args, options
+        means, viewmats, (width, height) = args[0], args[5], args[7:9]
+        channels = 4 if options["render_mode"] == "RGB+ED" else 3
+        self.means2d = means[None, :, :2].repeat(len(viewmats), 1, 1)
+        image = self.means2d.sum() + torch.arange(float(channels)).expand(len(viewmats), height, width, channels)
+        radii = torch.full((len(viewmats), len(means), 2), 5, dtype=torch.int32)
+        meta = {"means2d": self.means2d, "radii": radii if self.radii_axes == 3 else radii[..., 0]}
+        return image, torch.full((len(viewmats), height, width, 1), 0.5), meta
+
+
+@pytest.mark.parametrize("extras", [(), ("depth",), ("depth", "absgrad")])
+@pytest.mark.parametrize("radii_axes", [2, 3])
+def test_what_gsplat_is_asked_and_what_becomes_of_its_answer(
+    extras: tuple[str, ...], radii_axes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeGsplat(radii_axes)
+    monkeypatch.setitem(sys.modules, "gsplat", SimpleNamespace(rasterization=fake.rasterization))
+    monkeypatch.setattr(backends, "_current", "gsplat")
+    cameras = make_cameras(2, 33, 21)
+    g = make_gaussians(9, cameras).leaves()
+    background = torch.rand(2, 3)
+    arguments = (g.means, g.quats, g.scales, g.opacities, (g.sh0, g.shN), cameras, background)
+    out = rasterize_gaussians(*arguments, sh_degree=2, antialiased=True, extras=extras)
+    assert [tuple(t.shape) for t in fake.args[:7]] == [(9, 3), (9, 4), (9, 3), (9,), (9, 16, 3), (2, 4, 4), (2, 3, 3)]
+    assert fake.args[7:] == (33, 21)
+    assert fake.options["sh_degree"] == 2 and fake.options["rasterize_mode"] == "antialiased"
+    assert fake.options["backgrounds"] is background and fake.options["absgrad"] == ("absgrad" in extras)
+    assert out.rgb.shape == (2, 21, 33, 3) and out.alpha.shape == (2, 21, 33)
+    assert (out.depth is None) == ("depth" not in extras)
+    if out.depth is not None:
+        torch.testing.assert_close(out.depth, out.rgb[..., 0] + 3)
+    assert out.radii.shape == (2, 9, 2) and out.radii.dtype == torch.float32
+    out.rgb.sum().backward()
+    assert torch.equal(out.params.grad, fake.means2d.grad)  # a strategy finds the gradient of the centres
+    assert (out.absgrad is None) == ("absgrad" not in extras)
+    if out.absgrad is not None:
+        assert out.absgrad.grad is None
+        fake.means2d.absgrad = torch.ones(2, 9, 2)
+        assert out.absgrad.grad is fake.means2d.absgrad
+
+
+def test_gsplat_gets_no_lens(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It would take the picture of a lens for that of a pinhole."""
+    monkeypatch.setattr(backends, "_current", "gsplat")
+    cameras = make_cameras(1, 33, 21)
+    object.__setattr__(cameras, "model", "fisheye")
+    g = make_gaussians(9, cameras)
+    with pytest.raises(ValueError, match=r"^cameras: expected pinhole, got 'fisheye'"):
+        rasterize_gaussians(g.means, g.quats, g.scales, g.opacities, (g.sh0, g.shN), cameras, sh_degree=0)
