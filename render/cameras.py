@@ -100,12 +100,13 @@ class Cameras:
     def stack(cls, cameras: list[Self]) -> Self:
         """One batch from cameras of equal size and model."""
         first = cameras[0]
-        if any((c.width, c.height, c.model) != (first.width, first.height, first.model) for c in cameras):
+        kinds = {(c.width, c.height, c.model, c.distortion is None) for c in cameras}
+        if len(kinds) > 1:
             raise ValueError("cameras: expected one image size and one camera model in a batch")
-        distortion = None if first.distortion is None else torch.cat([c.distortion for c in cameras])
+        distortions = [c.distortion for c in cameras if c.distortion is not None]
         return replace(
             first,
             viewmats=torch.cat([c.viewmats for c in cameras]),
             Ks=torch.cat([c.Ks for c in cameras]),
-            distortion=distortion,
+            distortion=torch.cat(distortions) if distortions else None,
         )

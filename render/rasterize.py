@@ -50,8 +50,18 @@ def rasterize(
         params.retain_grad()
     isects = bin_primitives(primitive, params, depths, radii, size)
     absgrad = torch.zeros_like(params[..., :2], requires_grad=True) if "absgrad" in extras else None
-    options = {"depth": "depth" in extras, "median_depth": "median_depth" in extras, "absgrad": absgrad}
-    out = composite(primitive, params, features, depths, isects, size, background, **options)
+    out = composite(
+        primitive,
+        params,
+        features,
+        depths,
+        isects,
+        size,
+        background,
+        depth="depth" in extras,
+        median_depth="median_depth" in extras,
+        absgrad=absgrad,
+    )
     depth = None if out.depth is None else out.depth / out.alpha.clamp(min=1e-10)
     return RenderOutput(out.features, out.alpha, depth, out.median_depth, params, radii, absgrad)
 

@@ -81,9 +81,9 @@ def test_index_by_mask_and_stack_again() -> None:
 
 
 def test_stacking_what_does_not_fit() -> None:
-    for other in (make_doubles().resized(45, 70), lens()):
+    for other in (make_doubles().resized(45, 70), lens(), replace(make_doubles(), model="opencv")):
         with pytest.raises(ValueError, match=r"^cameras: expected one image size and one camera model"):
-            Cameras.stack([make_doubles(), other])
+            Cameras.stack([lens() if other.model == "opencv" and other.distortion is None else make_doubles(), other])
 
 
 def test_to_device(device: torch.device) -> None:

@@ -50,8 +50,8 @@ def bin_primitives(
     on_kernel = use_kernel(params)
     tile_size = tile_size or (kernels.tile_size if on_kernel else 16)
     function = _bin if on_kernel else bin_reference
-    tensors = function(primitive, params, depths, radii, size[0], size[1], tile_size)
-    return Isects(*tensors, tile_size)
+    ids, rows, tile_ranges, row_starts = function(primitive, params, depths, radii, size[0], size[1], tile_size)
+    return Isects(ids, rows, tile_ranges, row_starts, tile_size)
 
 
 def num_params(primitive: str) -> int:

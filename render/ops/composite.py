@@ -122,7 +122,7 @@ def composite_reference(
         py = (row * tile_size + offsets // tile_size).to(params.dtype) + 0.5
         members = isects.ids[bounds[tile] : bounds[tile + 1]].long()
         tile_params, tile_features, tile_depths, tile_absgrad = (t[members] for t in flat)
-        centers = _PerPixel.apply(tile_params[:, :2], tile_absgrad, len(offsets))
+        centers = _PerPixel.apply(tile_params[:, :2], tile_absgrad, len(offsets))  # type: ignore[no-untyped-call]
         shapes = tile_params[:, None, 2:].expand(-1, len(offsets), -1)
         alphas = PRIMITIVES[primitive].alpha(torch.cat([centers, shapes], -1), px, py)
         weights, trans, reached = _blend(alphas, smooth)
@@ -187,7 +187,17 @@ def _composite(
     return outputs
 
 
-def _outputs(params, background, ids, tile_ranges, width, height, tile_size, depth, median_depth):
+def _outputs(
+    params: Tensor,
+    background: Tensor,
+    ids: Tensor,
+    tile_ranges: Tensor,
+    width: int,
+    height: int,
+    tile_size: int,
+    depth: bool,
+    median_depth: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Empty features, alpha, depth, median depth; final transmittance and where each pixel stopped, by tile; which pixel
     blocks each intersection reached, as bit masks."""
     shape = (background.shape[0], height, width)
@@ -232,10 +242,10 @@ def _composite_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     inputs = [t.contiguous() for t in (params, features, depths, background)]
     upstream = [t.contiguous() for t in (v_features, v_alpha, v_depth)]
-    grads = tuple(torch.empty_like(t) for t in (*inputs, absgrad))
+    grads = [torch.empty_like(t) for t in (*inputs, absgrad)]
     lists = (ids, rows, tile_ranges, row_starts)
     kernels.composite_backward(primitive, *inputs, *lists, width, height, trans, stops, masks, *upstream, *grads)
-    return grads
+    return grads[0], grads[1], grads[2], grads[3], grads[4]
 
 
 @_composite_backward.register_fake

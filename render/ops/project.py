@@ -87,9 +87,10 @@ def project_reference(
     antialiased: bool,
 ) -> Projection:
     """`project` in plain PyTorch: the specification."""
-    gaussians = [t.expand(len(viewmats), *t.shape) for t in (means, quats, scales, opacities)]
+    camera = (viewmats, Ks, width, height, antialiased)
+    per_camera = [t.expand(len(viewmats), *t.shape) for t in (means, quats, scales, opacities)]
     with torch.no_grad():
-        params, z, variances = _screen(*gaussians, viewmats, Ks, width, height, antialiased)
+        params, z, variances = _screen(per_camera, *camera)
         level = 2.0 * (params[..., 5] - math.log(ALPHA_MIN))
         radii = (level.clamp(min=0)[..., None] * variances).sqrt()
         low, high = params[..., :2] + radii > 0, params[..., :2] - radii < params.new_tensor([width, height])
@@ -98,25 +99,18 @@ def project_reference(
         drawn &= (variances.sum(-1) < MAX_EXTENT) & (params[..., :2].abs().sum(-1) < MAX_EXTENT)
         drawn &= torch.isfinite(params).all(-1)
     # Once more, with harmless numbers where nothing is drawn: the zero gradient that these get would become NaN * 0.
-    gaussians = [torch.where(drawn.view(*drawn.shape, *[1] * (t.dim() - 2)), t, torch.ones_like(t)) for t in gaussians]
-    params, z, _ = _screen(*gaussians, viewmats, Ks, width, height, antialiased)
+    harmless = [torch.where(drawn.view(*drawn.shape, *[1] * (t.dim() - 2)), t, torch.ones_like(t)) for t in per_camera]
+    params, z, _ = _screen(harmless, *camera)
     zero = torch.zeros_like(z)
     params = torch.where(drawn[..., None], params, zero[..., None])
     return params, torch.where(drawn, z, zero), torch.where(drawn[..., None], radii, zero[..., None])
 
 
 def _screen(
-    means: Tensor,
-    quats: Tensor,
-    scales: Tensor,
-    opacities: Tensor,
-    viewmats: Tensor,
-    Ks: Tensor,
-    width: int,
-    height: int,
-    antialiased: bool,
+    gaussians: list[Tensor], viewmats: Tensor, Ks: Tensor, width: int, height: int, antialiased: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Screen parameters [C, N, 6], camera z [C, N] and variances [C, N, 2] of Gaussians [C, N, ...], drawn or not."""
+    means, quats, scales, opacities = gaussians
     rotations, translations = viewmats[:, :3, :3], viewmats[:, :3, 3]
     x, y, z = (torch.einsum("cij,cnj->cni", rotations, means) + translations[:, None]).unbind(-1)
     fx, fy, cx, cy = (Ks[:, i, j, None] for i, j in ((0, 0), (1, 1), (0, 2), (1, 2)))
