@@ -82,8 +82,8 @@ class LiveClient:
         self.look(position=self.look_at + SO3.exp(radians * self.up / np.linalg.norm(self.up)).as_matrix() @ arm)
 
     def element(self, label: str) -> dict[str, Any]:
-        """The panel's element with this label."""
-        return next(e for e in self.elements.values() if e["props"].get("label") == label)
+        """The panel's control with this label."""
+        return next(e for e in self.elements.values() if "value" in e and e["props"].get("label") == label)
 
     def set(self, label: str, value: Any) -> None:
         """Use a control."""
@@ -143,6 +143,8 @@ class LiveClient:
             self.elements[message["uuid"]] = message
         elif kind == "CameraFrustumMessage":
             self.nodes[message["name"]] = message
+        elif kind == "SceneNodeUpdateMessage" and message["name"] in self.nodes:
+            self.nodes[message["name"]]["props"].update(message["updates"])
         elif kind.startswith("SetCamera"):
             name = kind.removeprefix("SetCamera").removesuffix("Message")
             fields = {"Position": "position", "LookAt": "look_at", "UpDirection": "up", "Fov": "fov", "Near": "near"}

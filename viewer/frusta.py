@@ -72,6 +72,7 @@ class Frusta:
         self._views = views
         self._handles: dict[tuple[Split, int], Any] = {}
         self._stop = threading.Event()
+        self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
         self._reach = 1.0  # of the longest frustum, in its size
         self._parents = {split: server.scene.add_frame(f"/{split}", show_axes=False) for split in views}
@@ -118,13 +119,15 @@ class Frusta:
 
     def start_thumbnails(self) -> None:
         """Decode thumbnails in the background, once."""
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._add_thumbnails, name="thumbnails", daemon=True)
-            self._thread.start()
+        with self._lock:
+            if self._thread is None and not self._stop.is_set():
+                self._thread = threading.Thread(target=self._add_thumbnails, name="thumbnails", daemon=True)
+                self._thread.start()
 
     def close(self) -> None:
         """Stop the background work."""
-        self._stop.set()
+        with self._lock:
+            self._stop.set()
         if self._thread is not None:
             self._thread.join(timeout=2)
 
