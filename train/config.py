@@ -13,7 +13,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from prismfield.representations.config import GaussiansConfig
 from prismfield.train.strategies.config import AdcConfig, McmcConfig
 
-DEFAULT_STEPS = 7000
+DEFAULT_STEPS = 4000
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ class TrainConfig:
     strategy: Literal["adc", "mcmc", "fixed"] = "adc"
     """How primitives are added and dropped."""
     steps: int | None = None
-    """Training steps; default 7000 unless `minutes` is given."""
+    """Training steps; default 4000 unless `minutes` is given."""
     minutes: float | None = None
     """Time budget, may be a fraction; schedules fit themselves to it. Counts the time in training steps alone: reading, tests
     and checkpoints come on top. With `steps`, whichever ends first."""
@@ -124,7 +124,7 @@ class TrainConfig:
     """CPU threads; 0 takes every processor that this process may use."""
     backend: Literal["auto", "reference", "gsplat"] = "auto"
     """Who rasterizes: our kernels where there are any, plain PyTorch, or an installed gsplat on CUDA."""
-    max_primitives: int = 200_000
+    max_primitives: int = 150_000
     """Never more primitives than this."""
     init: Path | None = None
     """Start from the splats in this .ply instead of from points."""
