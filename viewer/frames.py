@@ -255,14 +255,14 @@ def photo_on_canvas(
     small = max(1, round(width * min(1, scale[0]))), max(1, round(height * min(1, scale[1])))
     ratio = scale * (width, height) / small
     if small != (width, height):
-        image = cv2.resize(image, small, interpolation=cv2.INTER_AREA)
+        image = cv2.resize(image, small, interpolation=cv2.INTER_AREA).astype(np.uint8, copy=False)
     # A point p of the photo lies at scale * (p - c) + C, measured from the corner; pixel centres at +0.5.
     shift = K[:2, 2] - scale * photo.K[:2, 2] + (ratio - 1) / 2
     matrix = np.array([[ratio[0], 0, shift[0]], [0, ratio[1], shift[1]]])
     warped = cv2.warpAffine(image, matrix, size, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     column, row = np.arange(size[0]) + 0.5, np.arange(size[1]) + 0.5
     x, y = (column - K[0, 2]) / scale[0] + photo.K[0, 2], (row - K[1, 2]) / scale[1] + photo.K[1, 2]
-    return warped, ((y >= 0) & (y < height))[:, None] & (x >= 0) & (x < width)
+    return warped.astype(np.uint8, copy=False), ((y >= 0) & (y < height))[:, None] & (x >= 0) & (x < width)
 
 
 def compare(picture: Bytes, truth: Bytes, inside: NDArray[np.bool_], how: Compare, split: float) -> Bytes:
@@ -293,7 +293,7 @@ def occluder(depth: Floats, alpha: Floats) -> Floats:
     if width <= _DEPTH_WIDTH:
         return solid
     size = _DEPTH_WIDTH, max(1, round(height * _DEPTH_WIDTH / width))
-    return cv2.resize(solid, size, interpolation=cv2.INTER_NEAREST)
+    return cv2.resize(solid, size, interpolation=cv2.INTER_NEAREST).astype(np.float32, copy=False)
 
 
 def _bytes(values: NDArray) -> Bytes:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 import rich
@@ -158,7 +159,7 @@ class LiveViewer:
         with gui.add_folder("Cameras", order=3):
             for split in self._views:
                 box = gui.add_checkbox({"train": "Training", "test": "Test"}[split], True)
-                box.on_update(lambda event, split=split: self._show_frusta(split, event.target.value))
+                box.on_update(partial(self._show_frusta, split))
             size = gui.add_slider("Size", 0.01, 0.15, 0.005, _FRUSTUM_SIZE)
             size.on_update(lambda event: self._resize_frusta(event.target.value))
         server.on_client_connect(self._connect)
@@ -181,8 +182,8 @@ class LiveViewer:
         if panel is not None:
             panel.look_through(split, index)
 
-    def _show_frusta(self, split: Split, visible: bool) -> None:
-        self._frusta.show(split, visible)
+    def _show_frusta(self, split: Split, event: viser.GuiEvent) -> None:
+        self._frusta.show(split, event.target.value)
         for panel in self._panels.values():  # with or without what hides them
             panel.viewport.change()
 

@@ -79,7 +79,7 @@ class Panel:
         self._views = {split: them for split, them in views.items() if len(them)}
         self._selected: tuple[Split, int] | None = None
         self._sent: tuple[str, str] = ("", "")
-        gui = client.gui
+        gui: Any = client.gui  # handles take values that viser's types call read-only
         with gui.add_folder("View", order=1):
             self._mode = gui.add_dropdown("Show", list(_MODES))
             self._background = gui.add_rgb("Background", tuple(round(255 * c) for c in background))
@@ -88,7 +88,8 @@ class Panel:
             )
             self._status = gui.add_markdown("")
         with gui.add_folder("Photo", order=2):
-            self._split = gui.add_dropdown("From", [*self._views] or ["none"], hint="Training or test views")
+            sources: list[str] = [*self._views]
+            self._split = gui.add_dropdown("From", sources or ["none"], hint="Training or test views")
             self._index = gui.add_slider("View", 0, max(1, self._last_index()), 1, 0)
             self._step = gui.add_button_group(" ", ["Previous", "Look", "Next"])
             self._compare = gui.add_dropdown("Compare", list(_COMPARISONS), hint="Render and photo in one picture")
