@@ -21,7 +21,7 @@ log = logging.getLogger("prismfield")
 
 
 def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int = 2) -> Path:
-    """Write `folder`/step_N, then drop all but the newest `keep`.
+    """Write `folder`/step_N, then drop all but the newest `keep`, and damaged ones of later steps.
 
     Both files go to a temporary folder that is renamed once they are on the disk, so that a process killed at any moment
     leaves the older checkpoints as they were. A whole checkpoint of this step that is there already stays as it is.
@@ -32,6 +32,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: 
     target = folder / f"step_{step:08d}"
     if target.exists():
         if _problem(target) is None:
+            _drop(folder, target, keep)
             return target
         shutil.rmtree(target)
     folder.mkdir(parents=True, exist_ok=True)
@@ -51,8 +52,7 @@ def save_checkpoint(folder: Path, step: int, tensors: dict[str, Tensor], state: 
     except BaseException:  # a second Ctrl-C too
         shutil.rmtree(part, ignore_errors=True)
         raise
-    for old in checkpoints(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    _drop(folder, target, keep)
     return target
 
 
@@ -85,6 +85,14 @@ def load_checkpoint(folder: Path, step: int | None = None) -> tuple[dict[str, Te
         problems.append(f"{path.name}: {problem}")
     detail = f" ({'; '.join(problems)})" if problems else ", it ended before its first one"
     raise ValueError(f"{folder}: no whole checkpoint{detail}")
+
+
+def _drop(folder: Path, newest: Path, keep: int) -> None:
+    """Keep `keep` checkpoints up to `newest`; those beyond it that are damaged were passed over, and go too."""
+    found = checkpoints(folder)
+    past = found.index(newest) + 1
+    for path in [*found[: max(0, past - keep)], *(path for path in found[past:] if _problem(path) is not None)]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _problem(path: Path) -> str | None:
