@@ -26,7 +26,7 @@ from prismfield.datasets.scenes import load_scene
 from prismfield.datasets.views import Views
 from prismfield.render.cameras import Cameras
 from prismfield.render.output import RenderOutput
-from prismfield.viewer import live
+from prismfield.viewer import live, pace
 from prismfield.viewer.charts import Charts
 from prismfield.viewer.frames import (
     Drawn,
@@ -300,21 +300,21 @@ def test_a_costlier_place_is_approached_carefully() -> None:
 def test_a_scene_too_large_for_any_picture_is_drawn_seldom() -> None:
     simulation = Simulation(0.080, 1e-8)
     simulation.run(3, moving=True)
-    assert 3 <= len(simulation.run(10, moving=True)) <= 5
+    assert 3 <= len(simulation.run(10, moving=True)) <= 6
     simulation.fixed = 0.010  # it was another program's doing
     assert len(simulation.run(10, moving=True)) > 50
 
 
 def test_while_paused_a_still_picture_is_whole_at_once() -> None:
-    pace = Pace()
-    pace.changed(1.0, jump=True)
-    assert pace.pixels(1.1, 700_000, paused=True) < 20_000  # while moving
-    pace.drawn(1.1, 10_000, 0.02, complete=False)
-    assert not pace.due(1.15, paused=True)
-    assert pace.due(1.5, paused=True)
-    assert pace.pixels(1.5, 700_000, paused=True) == 700_000
-    pace.drawn(1.9, 700_000, 0.4, complete=True)
-    assert not pace.due(9.0, paused=True)
+    client = Pace()
+    client.changed(1.0, jump=True)
+    assert client.pixels(1.1, 700_000, paused=True) < 20_000  # while moving
+    client.drawn(1.1, 10_000, 0.02, complete=False)
+    assert not client.due(1.15, paused=True)
+    assert client.due(1.5, paused=True)
+    assert client.pixels(1.5, 700_000, paused=True) == 700_000
+    client.drawn(1.9, 700_000, 0.4, complete=True)
+    assert not client.due(9.0, paused=True)
 
 
 class RayScene:
@@ -351,14 +351,21 @@ def capture(tmp_path_factory: pytest.TempPathFactory) -> SceneData:
 
 
 @pytest.fixture
-def viewer(capture: SceneData) -> Iterator[LiveViewer]:
+def unhurried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole pictures however slow this machine is: the pace has tests of its own."""
+    for name in ("BLOCK_SECONDS", "_MOST_SECONDS", "_MOVING_SECONDS", "_STILL_SECONDS"):
+        monkeypatch.setattr(pace, name, 60.0)
+
+
+@pytest.fixture
+def viewer(capture: SceneData, unhurried: None) -> Iterator[LiveViewer]:
     views = Views(capture.train), Views(capture.test)
     with_scene = LiveViewer("tiny", RayScene(), capture, *views, port=free_port("127.0.0.1", 18080))  # type: ignore[arg-type]
     yield with_scene
     with_scene.close()
 
 
-def drive(viewer: LiveViewer, until: Callable[[], Any], seconds: float = 10.0) -> None:
+def drive(viewer: LiveViewer, until: Callable[[], Any], seconds: float = 20.0) -> None:
     """Train for nothing until something is true."""
     end = time.monotonic() + seconds
     step = 0

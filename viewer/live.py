@@ -13,6 +13,7 @@ import os
 import socket
 import threading
 import time
+import warnings
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -81,6 +82,8 @@ class LiveViewer:
         self._wake = threading.Event()
         self._paused = self._waiting = self._closed = self._failed = self._finished = False
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="live-view")
+        # A client may leave while its panel is built.
+        warnings.filterwarnings("ignore", r"Queued a \w+ on a closed connection", UserWarning)
         self.port = free_port(host, port)
         with _quiet():
             self._server = viser.ViserServer(host, self.port, label=f"Prismfield: {run_name}", verbose=False)

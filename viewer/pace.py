@@ -77,12 +77,12 @@ class Pace:
 
     def drawn(self, now: float, pixels: int, seconds: float, *, complete: bool, encoding: float = 0.0) -> None:
         """A picture of `pixels` was drawn in `seconds`, ending now; encoding one takes `encoding` seconds elsewhere."""
-        # A single slow picture is often another program's doing: it counts half, unless it broke the bound.
+        # What slows a single picture is often another program: it counts half, unless it broke the bound.
         weight = 0.5 if seconds <= BLOCK_SECONDS else 1.0
         if self._smallest is None:
             self._smallest = seconds
         elif pixels <= 1.5 * _FIRST_PIXELS:
-            self._smallest += 0.5 * (seconds - self._smallest)
+            self._smallest += (0.5 if seconds > self._smallest else 1.0) * (seconds - self._smallest)
         else:
             rate = max(0.0, seconds - self._smallest) / (pixels - _FIRST_PIXELS)
             self._rate += weight * (rate - self._rate)
