@@ -1,7 +1,7 @@
 // One Adam step over a parameter in a single pass: four streams read, three written. Bound by memory.
 //
-// Every value goes through the same vector instructions, ends of rows with the lanes beyond them switched off, so that the
-// result does not depend on how the work is cut, and with it not on the number of threads.
+// Every value goes through the same vector instructions, ends of rows with the lanes beyond them switched off, so that
+// the result does not depend on how the work is cut, and with it not on the number of threads.
 #include <algorithm>
 #include <cmath>
 #include "arrays.h"
@@ -72,10 +72,12 @@ struct Adam {
     store_some(param + i, p, count), store_some(mean + i, m, count), store_some(square + i, s, count);
   }
 
-  // The visible ones of at most W rows narrower than a vector: whole vectors, of which the other lanes stay as they are.
+  // The visible ones of at most W rows narrower than a vector: whole vectors, of which the other lanes stay as they
+  // are.
   void run_narrow(int64_t row, int rows, const bool *visible) const {
     float lanes[W * W + W];
-    for (int r = 0; r < rows; r++) store(lanes + r * width, broadcast(visible[row + r]));  // the next row overwrites the excess
+    for (int r = 0; r < rows; r++)
+      store(lanes + r * width, broadcast(visible[row + r]));  // the next row overwrites the excess
     const int floats = rows * static_cast<int>(width);
     for (int first = 0; first < floats; first += W) {
       const int count = std::min(W, floats - first);
@@ -106,8 +108,8 @@ struct Adam {
 };
 
 // Arrays of rows x width floats; where a mask of rows is given, the others are left as they are.
-void adam_step(Floats param, Floats grad, Floats mean, Floats square, Bools rows, int64_t width, double lr, double beta1,
-               double beta2, double eps, int64_t step) {
+void adam_step(Floats param, Floats grad, Floats mean, Floats square, Bools rows, int64_t width, double lr,
+               double beta1, double beta2, double eps, int64_t step) {
   const double correction1 = 1.0 - std::pow(beta1, step), correction2 = 1.0 - std::pow(beta2, step);
   const auto single = [](double x) { return static_cast<float>(x); };
   const Adam adam{param.data(),
@@ -125,10 +127,11 @@ void adam_step(Floats param, Floats grad, Floats mean, Floats square, Bools rows
   const bool *visible = rows.size() > 0 ? rows.data() : nullptr;
   const int64_t count = width > 0 ? static_cast<int64_t>(param.size()) / width : 0;
   nb::gil_scoped_release unlocked;
-  parallel_for(count, std::max<int64_t>(1, kGrainFloats / std::max<int64_t>(width, 1)), [&](int64_t begin, int64_t end) {
-    if (visible) adam.run_rows(begin, end, visible);
-    else adam.run(begin * width, end * width);
-  });
+  parallel_for(count, std::max<int64_t>(1, kGrainFloats / std::max<int64_t>(width, 1)),
+               [&](int64_t begin, int64_t end) {
+                 if (visible) adam.run_rows(begin, end, visible);
+                 else adam.run(begin * width, end * width);
+               });
 }
 
 }  // namespace

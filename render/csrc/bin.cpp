@@ -15,8 +15,8 @@ namespace {
 
 constexpr int kRadixFrom = 96;  // shorter lists are sorted by comparison
 
-// What `bin_count` leaves for `bin_sort`: each worker's share of the primitives, the tiles they reach, and for each worker
-// and tile where its first intersection goes.
+// What `bin_count` leaves for `bin_sort`: each worker's share of the primitives, the tiles they reach, and for each
+// worker and tile where its first intersection goes.
 struct Plan {
   std::vector<std::vector<int32_t>> tiles;
   Buffer<int32_t> slots;
@@ -26,7 +26,8 @@ thread_local Plan plan;
 
 struct Grid {
   int width, height, columns, rows;
-  Grid(int w, int h) : width(w), height(h), columns((w + kTileSize - 1) / kTileSize), rows((h + kTileSize - 1) / kTileSize) {}
+  Grid(int w, int h)
+      : width(w), height(h), columns((w + kTileSize - 1) / kTileSize), rows((h + kTileSize - 1) / kTileSize) {}
   int tiles() const { return columns * rows; }
 };
 
@@ -52,17 +53,21 @@ PF_INLINE void visit_tiles(const Grid &grid, const float *params, const float *r
   }
   const auto outline = Primitive(params).outline();
   for (int row = first_row; row <= last_row; row++) {
-    const Span<float> span = outline.row_span(row * kTileSize + 0.5f, std::min((row + 1) * kTileSize, grid.height) - 0.5f);
+    const Span<float> span =
+        outline.row_span(row * kTileSize + 0.5f, std::min((row + 1) * kTileSize, grid.height) - 0.5f);
     if (!(span.left <= span.right)) continue;
-    const int from = static_cast<int>(std::clamp(span.left + 0.499f, static_cast<float>(x.first), x.last + 1.f)) / kTileSize;
-    const int to = static_cast<int>(std::clamp(span.right - 0.499f, x.first - 1.f, static_cast<float>(x.last))) / kTileSize;
+    const int from =
+        static_cast<int>(std::clamp(span.left + 0.499f, static_cast<float>(x.first), x.last + 1.f)) / kTileSize;
+    const int to =
+        static_cast<int>(std::clamp(span.right - 0.499f, x.first - 1.f, static_cast<float>(x.last))) / kTileSize;
     for (int column = from; column <= to; column++) visit(row * grid.columns + column);
   }
 }
 
 int64_t bin_count(std::string name, Floats params, Floats depths, Floats radii, int width, int height, int tile_size,
                   Ints tile_ranges, Ints row_starts) {
-  if (tile_size != kTileSize) throw nb::value_error("tile_size: the compiled kernels have their own, see kernels.tile_size");
+  if (tile_size != kTileSize)
+    throw nb::value_error("tile_size: the compiled kernels have their own, see kernels.tile_size");
   const Grid grid(width, height);
   const int64_t count = depths.shape(1), all = depths.shape(0) * count, tiles = depths.shape(0) * grid.tiles();
   const float *in_params = params.data(), *in_radii = radii.data();
@@ -101,7 +106,8 @@ int64_t bin_count(std::string name, Floats params, Floats depths, Floats radii, 
       slot = static_cast<int32_t>(total);
       total += here;
     }
-    if (total > INT32_MAX) throw nb::value_error("bin: 2^31 tile intersections or more; use fewer primitives or a smaller image");
+    if (total > INT32_MAX)
+      throw nb::value_error("bin: 2^31 tile intersections or more; use fewer primitives or a smaller image");
   }
   ranges[tiles] = static_cast<int32_t>(total);
   starts[0] = 0;
@@ -119,7 +125,8 @@ struct Entry {
   int32_t id, row;
 };
 
-// Sorts keys (depth bits above, position below) by their upper half, stably: bytes from the low end, skipping constant ones.
+// Sorts keys (depth bits above, position below) by their upper half, stably: bytes from the low end, skipping constant
+// ones.
 uint64_t *sort_keys(Scratch &scratch, int length) {
   uint64_t *from = scratch.keys.data(), *to = scratch.other.data();
   if (length < kRadixFrom) {

@@ -1,8 +1,9 @@
 // Front-to-back blending of sorted primitives over 32x32-pixel tiles (16x16 where vectors are short), and its gradient.
 //
-// A tile's pixels live in blocks of W, one vector each; a bit mask says which blocks a primitive reaches and which still let
-// light through. The backward pass walks the list back to front and writes one record of sums per (primitive, tile), so
-// that no two threads ever add to the same place; the records of one primitive are contiguous and are added up last.
+// A tile's pixels live in blocks of W, one vector each; a bit mask says which blocks a primitive reaches and which
+// still let light through. The backward pass walks the list back to front and writes one record of sums per (primitive,
+// tile), so that no two threads ever add to the same place; the records of one primitive are contiguous and are added
+// up last.
 #include <algorithm>
 #include <bit>
 #include <cstring>
@@ -16,8 +17,8 @@
 namespace pf {
 namespace {
 
-constexpr int kBatch = 64;       // primitives fetched together
-constexpr int kPrefetch = 8;     // records ahead
+constexpr int kBatch = 64;  // primitives fetched together
+constexpr int kPrefetch = 8;  // records ahead
 constexpr int kAnyChannels = 0;  // template argument: the number of channels is known at run time only
 constexpr int kMaxChannels = 64;
 
@@ -31,7 +32,8 @@ struct Scene {
   int tiles() const { return cameras * rows * columns; }
 };
 
-// A run of a tile's list, brought together: the loads of one batch overlap, where one at a time each would wait for memory.
+// A run of a tile's list, brought together: the loads of one batch overlap, where one at a time each would wait for
+// memory.
 template <class Primitive, int Channels>
 struct Batch {
   static constexpr int kRoom = Channels ? Channels : kMaxChannels;
@@ -58,7 +60,9 @@ struct Batch {
 struct Tile {
   int index, camera, x, y;  // x, y: pixel of the corner
   Tile(const Scene &s, int tile)
-      : index(tile), camera(tile / (s.rows * s.columns)), x(tile % s.columns * kTileSize),
+      : index(tile),
+        camera(tile / (s.rows * s.columns)),
+        x(tile % s.columns * kTileSize),
         y(tile / s.columns % s.rows * kTileSize) {}
   // Flat pixel index in [C, H, W], or -1 outside the image.
   int64_t pixel(const Scene &s, int block, int lane) const {
@@ -119,7 +123,8 @@ void forward_tile(const Scene &s, const ForwardOut &out, int tile_index) {
       }
       block.trans = trans;
       for (int d = 0; d < channels; d++) sums[b][d] += weight * channel[d];
-      if (__builtin_expect(any(finished), 0)) {  // only live lanes can be: the others keep a transmittance above kTransMin
+      if (__builtin_expect(any(finished),
+                           0)) {  // only live lanes can be: the others keep a transmittance above kTransMin
         block.stop = select(finished, vi{} + i, block.stop);
         block.live = but_not(block.live, finished);
         if (!any(block.live)) alive &= ~(uint64_t{1} << b);
@@ -234,7 +239,8 @@ void reduce_records(const Scene &s, const int32_t *row_starts, const float *reco
       for (int row = row_starts[id]; row < row_starts[id + 1]; row++, record += record_size)
         for (int k = 0; k < record_size; k += 4)
           for (int lane = 0; lane < 4; lane++) total[k + lane] += record[k + lane];
-      if (row_starts[id] == row_starts[id + 1]) std::fill(out.params + id * Primitive::kParams, out.params + (id + 1) * Primitive::kParams, 0.f);
+      if (row_starts[id] == row_starts[id + 1])
+        std::fill(out.params + id * Primitive::kParams, out.params + (id + 1) * Primitive::kParams, 0.f);
       else Primitive(s.params + id * Primitive::kParams).finish(total, out.params + id * Primitive::kParams);
       for (int d = 0; d < s.dims; d++) out.features[id * s.dims + d] = total[kShape + d];
       out.depths[id] = s.depth ? total[kShape + s.dims] : 0.f;
@@ -247,17 +253,22 @@ void reduce_records(const Scene &s, const int32_t *row_starts, const float *reco
 template <class Visit>
 void with_channels(int channels, Visit visit) {
   switch (channels) {
-    case 1: return visit.template operator()<1>();
-    case 3: return visit.template operator()<3>();
-    case 4: return visit.template operator()<4>();
-    default: return visit.template operator()<kAnyChannels>();
+    case 1:
+      return visit.template operator()<1>();
+    case 3:
+      return visit.template operator()<3>();
+    case 4:
+      return visit.template operator()<4>();
+    default:
+      return visit.template operator()<kAnyChannels>();
   }
 }
 
-Scene make_scene(Floats params, Floats features, Floats depths, Floats background, Ints ids, Ints tile_ranges, int width,
-                 int height, bool depth) {
+Scene make_scene(Floats params, Floats features, Floats depths, Floats background, Ints ids, Ints tile_ranges,
+                 int width, int height, bool depth) {
   Scene s{params.data(), features.data(), depths.data(), background.data(), ids.data(), tile_ranges.data()};
-  s.cameras = params.shape(0), s.count = params.shape(1), s.dims = features.shape(2), s.width = width, s.height = height;
+  s.cameras = params.shape(0), s.count = params.shape(1), s.dims = features.shape(2), s.width = width,
+  s.height = height;
   s.columns = (width + kTileSize - 1) / kTileSize, s.rows = (height + kTileSize - 1) / kTileSize, s.depth = depth;
   if (s.channels() > kMaxChannels) throw nb::value_error("features: the compiled rasterizer takes at most 63 channels");
   return s;
@@ -267,7 +278,8 @@ void composite_forward(std::string name, Floats params, Floats features, Floats 
                        Ints tile_ranges, int width, int height, Floats out_features, Floats alpha, Floats depth,
                        Floats median, Floats trans, Ints stops, Longs masks) {
   const Scene s = make_scene(params, features, depths, background, ids, tile_ranges, width, height, depth.size() > 0);
-  const ForwardOut out{out_features.data(), alpha.data(), depth.data(), median.data(), trans.data(), stops.data(), masks.data()};
+  const ForwardOut out{out_features.data(), alpha.data(), depth.data(), median.data(),
+                       trans.data(),        stops.data(), masks.data()};
   const bool with_median = median.size() > 0;
   nb::gil_scoped_release unlocked;
   with_primitive(name, [&]<class Primitive>() {
@@ -288,8 +300,10 @@ void composite_backward(std::string name, Floats params, Floats features, Floats
                         Floats out_features, Floats out_depths, Floats out_background, Floats out_absgrad) {
   static thread_local Buffer<float> records;
   const Scene s = make_scene(params, features, depths, background, ids, tile_ranges, width, height, v_depth.size() > 0);
-  const BackwardIn in{v_features.data(), v_alpha.data(), v_depth.data(), trans.data(), stops.data(), rows.data(), masks.data()};
-  const BackwardOut out{out_params.data(), out_features.data(), out_depths.data(), out_background.data(), out_absgrad.data()};
+  const BackwardIn in{v_features.data(), v_alpha.data(), v_depth.data(), trans.data(),
+                      stops.data(),      rows.data(),    masks.data()};
+  const BackwardOut out{out_params.data(), out_features.data(), out_depths.data(), out_background.data(),
+                        out_absgrad.data()};
   const bool absolute = out_absgrad.size() > 0;
   const int32_t *starts = row_starts.data();
   const size_t isects = ids.size();

@@ -1,4 +1,5 @@
-// A small thread pool. Not OpenMP: torch brings its own OpenMP runtime, and a second one beside it spins against the first.
+// A small thread pool. Not OpenMP: torch brings its own OpenMP runtime, and a second one beside it spins against the
+// first.
 #pragma once
 #include <algorithm>
 #include <atomic>

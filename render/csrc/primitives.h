@@ -18,8 +18,16 @@ struct Gaussian {
   static constexpr int kSums = 6;    // per-pixel sums from which the parameters' gradients follow
 
   explicit Gaussian(const float *p)
-      : x(p[0]), y(p[1]), a(p[2]), b(p[3]), c(p[4]), log_opacity(p[5]), xx(-0.5f * kLog2e * a), xy(-kLog2e * b),
-        yy(-0.5f * kLog2e * c), peak_exponent(kLog2e * log_opacity) {}
+      : x(p[0]),
+        y(p[1]),
+        a(p[2]),
+        b(p[3]),
+        c(p[4]),
+        log_opacity(p[5]),
+        xx(-0.5f * kLog2e * a),
+        xy(-kLog2e * b),
+        yy(-0.5f * kLog2e * c),
+        peak_exponent(kLog2e * log_opacity) {}
 
   // `dx`, `dy`: pixel minus centre. Returns the lanes where alpha reaches kAlphaMin; alpha is garbage in the others.
   PF_INLINE vm alpha(vf dx, vf dy, vf &alpha) const {

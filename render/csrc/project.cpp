@@ -40,8 +40,17 @@ struct Inputs {
 
 Inputs make_inputs(Floats means, Floats quats, Floats scales, Floats opacities, Floats viewmats, Floats Ks, int width,
                    int height, bool antialiased) {
-  return {means.data(), quats.data(), scales.data(), opacities.data(), viewmats.data(), Ks.data(),
-          static_cast<int64_t>(means.shape(0)), static_cast<int>(viewmats.shape(0)), width, height, antialiased};
+  return {means.data(),
+          quats.data(),
+          scales.data(),
+          opacities.data(),
+          viewmats.data(),
+          Ks.data(),
+          static_cast<int64_t>(means.shape(0)),
+          static_cast<int>(viewmats.shape(0)),
+          width,
+          height,
+          antialiased};
 }
 
 void forward_block(const Inputs &in, const Camera &cam, int64_t first, float *params, float *depths, float *radii) {
@@ -56,7 +65,8 @@ void forward_block(const Inputs &in, const Camera &cam, int64_t first, float *pa
   // Comparisons are phrased so that NaN fails them; an infinite variance fails the last.
   const vm finite = both(lt(p.var_x + p.var_y, broadcast(1e18f)), lt(abs(x) + abs(y), broadcast(1e18f)));
   const vm drawn = both(both(solid, finite), both(on_screen_x, on_screen_y));
-  const vf fields[9] = {x, y, p.var_y * inv_det, -p.covar * inv_det, p.var_x * inv_det, log_opacity, p.pz, radius_x, radius_y};
+  const vf fields[9] = {x,    y,        p.var_y * inv_det, -p.covar * inv_det, p.var_x * inv_det, log_opacity,
+                        p.pz, radius_x, radius_y};
   alignas(64) float lanes[9][W];
   for (int k = 0; k < 9; k++) store(lanes[k], keep(drawn, fields[k]));
   const int filled = static_cast<int>(std::min<int64_t>(W, in.count - first));
@@ -97,7 +107,8 @@ struct Upstream {
 };
 
 // Adds the gradients of one block; `v_view` [12][W] collects the camera's.
-void backward_block(const Inputs &in, const Camera &cam, int64_t first, const Upstream &up, const Gradients &out, vf *v_view) {
+void backward_block(const Inputs &in, const Camera &cam, int64_t first, const Upstream &up, const Gradients &out,
+                    vf *v_view) {
   const int filled = static_cast<int>(std::min<int64_t>(W, in.count - first));
   alignas(64) float lanes[11][W] = {}, drawn[W] = {};
   bool any_drawn = false;
@@ -120,7 +131,8 @@ void backward_block(const Inputs &in, const Camera &cam, int64_t first, const Up
   const vm counts = lt(vf{}, load(drawn));
   if (v_view)
     for (int k = 0; k < 12; k++) v_view[k] += keep(counts, v_block[k]);
-  const vf fields[11] = {v.mean[0], v.mean[1], v.mean[2], v.quat[0], v.quat[1], v.quat[2], v.quat[3], v.scale[0], v.scale[1], v.scale[2], v.opacity};
+  const vf fields[11] = {v.mean[0], v.mean[1],  v.mean[2],  v.quat[0],  v.quat[1], v.quat[2],
+                         v.quat[3], v.scale[0], v.scale[1], v.scale[2], v.opacity};
   for (int k = 0; k < 11; k++) store(lanes[k], keep(counts, fields[k]));
   for (int lane = 0; lane < filled; lane++) {
     const int64_t i = first + lane;
@@ -130,9 +142,10 @@ void backward_block(const Inputs &in, const Camera &cam, int64_t first, const Up
   }
 }
 
-void project_backward(Floats means, Floats quats, Floats scales, Floats opacities, Floats viewmats, Floats Ks, int width,
-                      int height, bool antialiased, Floats radii, Floats v_params, Floats v_depths, bool camera_gradient,
-                      Floats v_means, Floats v_quats, Floats v_scales, Floats v_opacities, Floats v_viewmats) {
+void project_backward(Floats means, Floats quats, Floats scales, Floats opacities, Floats viewmats, Floats Ks,
+                      int width, int height, bool antialiased, Floats radii, Floats v_params, Floats v_depths,
+                      bool camera_gradient, Floats v_means, Floats v_quats, Floats v_scales, Floats v_opacities,
+                      Floats v_viewmats) {
   const Inputs in = make_inputs(means, quats, scales, opacities, viewmats, Ks, width, height, antialiased);
   const Upstream all{radii.data(), v_params.data(), v_depths.data()};
   const Gradients out{v_means.data(), v_quats.data(), v_scales.data(), v_opacities.data()};

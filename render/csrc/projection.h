@@ -38,12 +38,13 @@ struct Projection {
   T px, py, pz, inv_z, tan_x, tan_y, clamped_x, clamped_y;
   T jx, jxz, jy, jyz;      // Jacobian rows (jx, 0, jxz) and (0, jy, jyz)
   T u[3], v[3];            // projected axes
-  T n[3];                  // u x v: its square is the determinant without the blur, with no difference of large products
+  T n[3];  // u x v: its square is the determinant without the blur, with no difference of large products
   T var_x, covar, var_y, det, sharp_det, added_det, mass;
 
   PF_INLINE void forward(const Camera &cam, const Gaussian3D<T> &g, bool antialiased) {
     inv_norm = T{} + 1.f;
-    inv_norm = inv_norm / sqrt(g.quat[0] * g.quat[0] + g.quat[1] * g.quat[1] + g.quat[2] * g.quat[2] + g.quat[3] * g.quat[3]);
+    inv_norm =
+        inv_norm / sqrt(g.quat[0] * g.quat[0] + g.quat[1] * g.quat[1] + g.quat[2] * g.quat[2] + g.quat[3] * g.quat[3]);
     w = g.quat[0] * inv_norm, x = g.quat[1] * inv_norm, y = g.quat[2] * inv_norm, z = g.quat[3] * inv_norm;
     rot[0] = 1.f - 2.f * (y * y + z * z), rot[1] = 2.f * (x * y - w * z), rot[2] = 2.f * (x * z + w * y);
     rot[3] = 2.f * (x * y + w * z), rot[4] = 1.f - 2.f * (x * x + z * z), rot[5] = 2.f * (y * z - w * x);
@@ -82,7 +83,8 @@ struct Projection {
   PF_INLINE void backward(const Camera &cam, const Gaussian3D<T> &g, bool antialiased, const T *v_params, T v_depth,
                           Gaussian3D<T> &out, T *v_view) const {
     // Conic: d(inverse) = -inverse d inverse, with inverse * (u, v) in a form that does not cancel for needles.
-    const T inv_det = 1.f / det, a = var_y * inv_det, b = -covar * inv_det, c = var_x * inv_det, half = 0.5f * v_params[3];
+    const T inv_det = 1.f / det, a = var_y * inv_det, b = -covar * inv_det, c = var_x * inv_det,
+            half = 0.5f * v_params[3];
     T v_sharp{}, v_added{};  // what 1/2 log(sharp_det / det) makes of the two parts of det
     out.opacity = v_params[5] / g.opacity;
     if (antialiased) {
@@ -105,8 +107,8 @@ struct Projection {
     const T inside_y = select(le(clamped_y, tan_y), select(le(tan_y, clamped_y), T{} + 1.f, T{}), T{});
     const T v_px = jx * v_params[0] - jx * inv_z * inside_x * v_jxz;
     const T v_py = jy * v_params[1] - jy * inv_z * inside_y * v_jyz;
-    const T v_pz = v_depth - jx * tan_x * v_params[0] - jy * tan_y * v_params[1] - jx * inv_z * v_jx - jy * inv_z * v_jy -
-                   jxz * inv_z * (1.f + inside_x) * v_jxz - jyz * inv_z * (1.f + inside_y) * v_jyz;
+    const T v_pz = v_depth - jx * tan_x * v_params[0] - jy * tan_y * v_params[1] - jx * inv_z * v_jx -
+                   jy * inv_z * v_jy - jxz * inv_z * (1.f + inside_x) * v_jxz - jyz * inv_z * (1.f + inside_y) * v_jyz;
     // Axes in the camera, then in the world.
     T v_axes[9], v_camera_axes[9];
     for (int k = 0; k < 3; k++) {
@@ -117,7 +119,8 @@ struct Projection {
     for (int j = 0; j < 3; j++) {
       out.mean[j] = cam.R[j] * v_px + cam.R[3 + j] * v_py + cam.R[6 + j] * v_pz;
       for (int k = 0; k < 3; k++)
-        v_axes[3 * j + k] = cam.R[j] * v_camera_axes[k] + cam.R[3 + j] * v_camera_axes[3 + k] + cam.R[6 + j] * v_camera_axes[6 + k];
+        v_axes[3 * j + k] =
+            cam.R[j] * v_camera_axes[k] + cam.R[3 + j] * v_camera_axes[3 + k] + cam.R[6 + j] * v_camera_axes[6 + k];
     }
     if (v_view) {
       const T v_position[3] = {v_px, v_py, v_pz};

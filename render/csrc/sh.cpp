@@ -15,7 +15,8 @@ constexpr int64_t kGrain = 2048;
 constexpr int kRows = 16;  // of shN in one block: 16 rows of any degree fill whole cache lines
 constexpr int kMaxTerms = 16;
 constexpr float kC0 = 0.28209479177387814f, kC1 = 0.4886025119029199f;
-constexpr float kC2[5] = {1.0925484305920792f, -1.0925484305920792f, 0.31539156525252005f, -1.0925484305920792f, 0.5462742152960396f};
+constexpr float kC2[5] = {1.0925484305920792f, -1.0925484305920792f, 0.31539156525252005f, -1.0925484305920792f,
+                          0.5462742152960396f};
 constexpr float kC3[7] = {-0.5900435899266435f, 2.890611442640554f, -0.4570457994644658f, 0.3731763325901154f,
                           -0.4570457994644658f, 1.445305721320277f, -0.5900435899266435f};
 
@@ -89,8 +90,15 @@ struct Inputs {
 };
 
 Inputs make_inputs(Floats sh0, Floats shN, Floats means, Floats viewmats, Floats radii, int degree) {
-  return {sh0.data(), shN.data(), means.data(), viewmats.data(), radii.data(), static_cast<int64_t>(means.shape(0)),
-          static_cast<int>(viewmats.shape(0)), static_cast<int>(shN.shape(1)), degree};
+  return {sh0.data(),
+          shN.data(),
+          means.data(),
+          viewmats.data(),
+          radii.data(),
+          static_cast<int64_t>(means.shape(0)),
+          static_cast<int>(viewmats.shape(0)),
+          static_cast<int>(shN.shape(1)),
+          degree};
 }
 
 void sh_forward(Floats sh0, Floats shN, Floats means, Floats viewmats, Floats radii, int degree, Floats rgbs) {
@@ -125,8 +133,8 @@ struct Gradients {
   float *sh0, *shN, *means;  // shN is null where its gradient is not wanted
 };
 
-// Adds the gradients that primitive i gets from camera c; `v_center` collects the camera centre's, `v_rest` is the row of
-// shN, if wanted: the first camera writes it, the others add to it.
+// Adds the gradients that primitive i gets from camera c; `v_center` collects the camera centre's, `v_rest` is the row
+// of shN, if wanted: the first camera writes it, the others add to it.
 void backward_one(const Inputs &in, int c, int64_t i, const float *center, const float *rgbs, const float *v_rgbs,
                   const Gradients &out, float *v_rest, float *v_center) {
   const int64_t at = c * in.count + i;

@@ -1,5 +1,6 @@
 // Vectors of W floats. GCC/Clang vector extensions give the arithmetic; what they lack (masks that stay masks,
-// reciprocals, horizontal sums) is spelled per instruction set. Scalar overloads let one template serve a pixel or a block.
+// reciprocals, horizontal sums) is spelled per instruction set. Scalar overloads let one template serve a pixel or a
+// block.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -24,7 +25,11 @@ typedef float vf __attribute__((vector_size(4 * W)));
 typedef int32_t vi __attribute__((vector_size(4 * W)));
 
 PF_INLINE vf broadcast(float x) { return vf{} + x; }
-PF_INLINE vf load(const float *p) { vf v; std::memcpy(&v, p, sizeof v); return v; }
+PF_INLINE vf load(const float *p) {
+  vf v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
 PF_INLINE void store(float *p, vf v) { std::memcpy(p, &v, sizeof v); }
 
 #if defined(__AVX512F__)
@@ -94,7 +99,8 @@ PF_INLINE vf to_float(vi a) { return __builtin_convertvector(a, vf); }
 PF_INLINE vm ge(vf a, vf b) { return le(b, a); }
 PF_INLINE vm gt(vf a, vf b) { return lt(b, a); }
 
-// 2^x for -126 <= x <= 127: degree-5 minimax polynomial over one unit, relative error 2e-7. Outside, the bits are garbage.
+// 2^x for -126 <= x <= 127: degree-5 minimax polynomial over one unit, relative error 2e-7. Outside, the bits are
+// garbage.
 PF_INLINE vf exp2(vf x) {
   const vi whole = truncate(x);
   const vf f = x - to_float(whole);

@@ -4,8 +4,9 @@
 // (1 - D^2 / B1) (1 - Q / B2) where B1 = ((S + 1)^2 + D^2) / 2 + C1 and B2 = (P + Q) / 2 + C2. So four blurs suffice
 // instead of five, and nothing cancels where the images are alike.
 //
-// Images are cut into blocks whose working set fits the second-level cache. Blurs are separable: down the columns first, four
-// rows of results at a time, then along the rows. Channels are interleaved: a pixel k away is k * channels floats away.
+// Images are cut into blocks whose working set fits the second-level cache. Blurs are separable: down the columns
+// first, four rows of results at a time, then along the rows. Channels are interleaved: a pixel k away is k * channels
+// floats away.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -103,8 +104,9 @@ struct Layout {
   }
 };
 
-// Blurs the rows y .. y + kGroup - 1 of `Fields` images and hands sink(row, i, blurred) their `columns` results, the first
-// `rows`. `fields` point `halo` floats left of the first result in row y - kRadius; `temporary` has Fields * kGroup rows.
+// Blurs the rows y .. y + kGroup - 1 of `Fields` images and hands sink(row, i, blurred) their `columns` results, the
+// first `rows`. `fields` point `halo` floats left of the first result in row y - kRadius; `temporary` has Fields *
+// kGroup rows.
 template <int Fields, class Channels, class Sink>
 PF_INLINE void blur_group(const float *const *fields, int pitch, int columns, int halo, Channels channels, int rows,
                           float *temporary, Sink &&sink) {
@@ -178,25 +180,27 @@ Sums first_pass(Channels channels, const Image &image, const Layout &layout, con
   vf ssim{};
   for (int first = 0; first < block.rows; first += kGroup) {
     const size_t from = static_cast<size_t>(first) * room;
-    const float *sources[4] = {fields + from, fields + field + from, fields + 2 * field + from, fields + 3 * field + from};
+    const float *sources[4] = {fields + from, fields + field + from, fields + 2 * field + from,
+                               fields + 3 * field + from};
     const int last = std::min(kGroup, block.rows - first);
-    blur_group<4>(sources, room, block.columns, layout.halo, channels, last, temporary, [&](int row, int i, const vf *blurred) {
-      vf v_means, v_ss, v_dd;
-      const vf map = similarity(blurred, v_means, v_ss, v_dd);
-      const vm counted = lt(vf{}, load(counts + (first + row) * room + layout.halo + i));
-      const size_t at = layout.at(block.y + first + row, block.x + i);
-      ssim += keep(counted, map);
-      store(maps[0] + at, keep(counted, v_means)), store(maps[1] + at, keep(counted, v_ss)),
-          store(maps[2] + at, keep(counted, v_dd));
-    });
+    blur_group<4>(sources, room, block.columns, layout.halo, channels, last, temporary,
+                  [&](int row, int i, const vf *blurred) {
+                    vf v_means, v_ss, v_dd;
+                    const vf map = similarity(blurred, v_means, v_ss, v_dd);
+                    const vm counted = lt(vf{}, load(counts + (first + row) * room + layout.halo + i));
+                    const size_t at = layout.at(block.y + first + row, block.x + i);
+                    ssim += keep(counted, map);
+                    store(maps[0] + at, keep(counted, v_means)), store(maps[1] + at, keep(counted, v_ss)),
+                        store(maps[2] + at, keep(counted, v_dd));
+                  });
   }
   return {sum(l1), sum(ssim)};
 }
 
 // Second pass: blurs the derivatives back and writes the gradient of the loss to a.
 template <class Channels>
-void second_pass(Channels channels, const Image &image, const Layout &layout, const Block &block, const float *const *maps,
-                 float l1_scale, float ssim_scale, float *gradient) {
+void second_pass(Channels channels, const Image &image, const Layout &layout, const Block &block,
+                 const float *const *maps, float l1_scale, float ssim_scale, float *gradient) {
   static thread_local Buffer<float> buffer;
   const int room = block.columns + 2 * layout.halo;
   float *temporary = buffer.need(3 * kGroup * room + 4 * block.columns);
@@ -221,8 +225,8 @@ void second_pass(Channels channels, const Image &image, const Layout &layout, co
   }
 }
 
-// One image's sums; `channels` may be known to the compiler; `l1_scale` and `ssim_scale` are the weight of one value in the
-// loss.
+// One image's sums; `channels` may be known to the compiler; `l1_scale` and `ssim_scale` are the weight of one value in
+// the loss.
 template <class Channels>
 Sums one_image(Channels channels, const Image &image, float l1_scale, float ssim_scale, float *gradient) {
   static thread_local Buffer<float> buffer;
@@ -246,8 +250,8 @@ Sums one_image(Channels channels, const Image &image, float l1_scale, float ssim
 
 // rgb [C, H, W, D]; target the same shape as floats in 0..1 or as bytes, the other one empty; mask [C, H, W] or empty.
 // Writes values = (loss, L1, SSIM) and the gradient of the loss to rgb. Where nothing counts, the images are alike.
-void photometric_loss(Floats rgb, Floats target_floats, Bytes target_bytes, Bools mask, float ssim_weight, Floats values,
-                      Floats gradient) {
+void photometric_loss(Floats rgb, Floats target_floats, Bytes target_bytes, Bools mask, float ssim_weight,
+                      Floats values, Floats gradient) {
   const size_t count = rgb.shape(0), pixels = rgb.shape(1) * rgb.shape(2), floats = pixels * rgb.shape(3);
   const bool bytes = target_bytes.size() > 0, masked = mask.size() > 0;
   const int height = static_cast<int>(rgb.shape(1)), width = static_cast<int>(rgb.shape(2)),
@@ -271,13 +275,14 @@ void photometric_loss(Floats rgb, Floats target_floats, Bytes target_bytes, Bool
                       channels};
     const float l1_scale = static_cast<float>((1.0 - ssim_weight) * scale),
                 ssim_scale = static_cast<float>(ssim_weight * scale);
-    const Sums part = channels == 3 ? one_image(std::integral_constant<int, 3>(), image, l1_scale, ssim_scale, v + c * floats)
-                                    : one_image(channels, image, l1_scale, ssim_scale, v + c * floats);
+    const Sums part = channels == 3
+                          ? one_image(std::integral_constant<int, 3>(), image, l1_scale, ssim_scale, v + c * floats)
+                          : one_image(channels, image, l1_scale, ssim_scale, v + c * floats);
     sums.l1 += part.l1, sums.ssim += part.ssim;
   }
   out[1] = static_cast<float>(sums.l1 * scale), out[2] = scale > 0 ? static_cast<float>(sums.ssim * scale) : 1.f;
-  out[0] =
-      static_cast<float>((1.0 - ssim_weight) * sums.l1 * scale + (scale > 0 ? ssim_weight * (1.0 - sums.ssim * scale) : 0.0));
+  out[0] = static_cast<float>((1.0 - ssim_weight) * sums.l1 * scale +
+                              (scale > 0 ? ssim_weight * (1.0 - sums.ssim * scale) : 0.0));
 }
 
 }  // namespace
