@@ -294,7 +294,7 @@ def _draw_axes(draw: ImageDraw.ImageDraw, view: _View) -> None:
 
 def _draw_words(draw: ImageDraw.ImageDraw, plot: CameraPlot, height: int) -> None:
     """Title above, legend below."""
-    x = _MARGIN * _SMOOTH
+    x: float = _MARGIN * _SMOOTH
     draw.text((x, 16 * _SMOOTH), plot.title, _INK, _font(24))
     draw.text((x, 52 * _SMOOTH), plot.details, _PALE, _font(15))
     y = height - 20 * _SMOOTH

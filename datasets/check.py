@@ -103,7 +103,8 @@ def inspect_scene(data: SceneData, *, match: bool = True, console: Console | Non
     with Progress(console=console, disable=console is None) as progress:
         task = progress.add_task("images", total=len(frames))
         stats, unreadable = image_stats(frames, lambda n: progress.advance(task, n))
-        pairs, astray = None, []
+        pairs: list[PairMatch] | None = None
+        astray: list[str] = []
         if match:
             task = progress.add_task("poses", total=None)
             pairs, astray = match_poses(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
@@ -19,7 +20,12 @@ def main() -> None:
 
 
 def _main() -> int:
-    commands = {"list": list_scenes, "check": check, "poses": poses, "download": download}
+    commands: dict[str, Callable[..., int]] = {
+        "list": list_scenes,
+        "check": check,
+        "poses": poses,
+        "download": download,
+    }
     description = "Scenes: which are at hand, whether they are in order, camera poses for your own images, standard ones from the network."
     code: int = tyro.extras.subcommand_cli_from_dict(commands, prog="render-data", description=description)
     return code

@@ -300,7 +300,7 @@ class SpanFile(io.RawIOBase):
 
 def _open_zip(file: io.RawIOBase | io.BufferedReader | HttpFile, url: str) -> zipfile.ZipFile:
     try:
-        return zipfile.ZipFile(file)  # type: ignore[arg-type]  # any object that reads and seeks will do
+        return zipfile.ZipFile(file)  # any object that reads and seeks will do
     except zipfile.BadZipFile as error:
         raise ValueError(f"{url}: not a zip archive, or a damaged one ({error})") from error
 

@@ -81,7 +81,9 @@ def whorl(
     base = np.repeat(centres[:, None], petals, 1)
     bend = rng.uniform(-0.15, 0.2, count * petals)
     return leaves(
-        *(x.reshape(-1, 3) for x in (base, along, facing)),
+        base.reshape(-1, 3),
+        along.reshape(-1, 3),
+        facing.reshape(-1, 3),
         size.ravel(),
         size.ravel() * width,
         bend,

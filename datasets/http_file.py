@@ -138,7 +138,9 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
 
     linked_tag: str | None = None
 
-    def redirect_request(self, req, fp, code, msg, headers, newurl):
+    def redirect_request(
+        self, req: urllib.request.Request, fp: Any, code: int, msg: str, headers: Any, newurl: str
+    ) -> urllib.request.Request | None:
         self.linked_tag = headers.get("X-Linked-Etag", self.linked_tag)
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 

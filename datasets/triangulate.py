@@ -112,8 +112,8 @@ def _pair(
     """Points that two views agree on, drawn from the pixels of the first."""
     if first.grey.shape != second.grey.shape:
         return np.empty((0, 3)), np.empty((0, 3), np.uint8)
-    forth = flow.calc(first.grey, second.grey, None)  # type: ignore[call-overload]  # None: no flow to start from
-    back = flow.calc(second.grey, first.grey, None)  # type: ignore[call-overload]
+    forth = flow.calc(first.grey, second.grey, None)  # None: no flow to start from
+    back = flow.calc(second.grey, first.grey, None)
     rows, columns = _draw(first, share, random)
     shift = forth[rows, columns]
     landed = np.stack([columns, rows], -1).astype(np.float32) + shift

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import IO
 
 import cv2
@@ -125,7 +126,7 @@ def _read_ppm(stream: IO[bytes]) -> NDArray[np.uint8] | None:
     return np.frombuffer(data, np.uint8).reshape(height, width, 3)
 
 
-def _imageio_ffmpeg():
+def _imageio_ffmpeg() -> ModuleType:
     try:
         import imageio_ffmpeg
     except ImportError as error:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 
 from prismfield.export.assets import SplatAsset
 
@@ -59,7 +60,7 @@ def differences(a: SplatAsset, b: SplatAsset) -> dict[str, float]:
     if len(a) != len(b) or a.sh.shape != b.sh.shape:
         return dict.fromkeys(("means", "quats", "scales", "opacities", "sh", "up", "antialiased"), np.inf)
     signs = np.where((a.quats * b.quats).sum(1, keepdims=True) < 0, -1, 1).astype(np.float32)
-    pairs = {
+    pairs: dict[str, tuple[NDArray, NDArray]] = {
         "means": (a.means, b.means),
         "quats": (a.quats, signs * b.quats),
         "scales": (a.log_scales, b.log_scales),

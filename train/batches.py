@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import Any, Self
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
 
+from prismfield.cli import one_line
 from prismfield.datasets.views import View, Views
 from prismfield.render.cameras import Cameras
 
 COLORS = {"white": 1.0, "black": 0.0, None: 0.0}
 """Value of the background behind images with an alpha channel, by `SceneData.background`."""
+
+
+class ImageError(ValueError):
+    """A training image cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -44,8 +49,9 @@ class Batch:
         """The same batch on `device`."""
         if self.rgb.device == device:
             return self
-        moved = {key: getattr(self, key) for key in ("cameras", "rgb", "mask", "depth", "background", "pixels")}
-        return replace(self, **{key: None if value is None else value.to(device) for key, value in moved.items()})
+        kept = {key: getattr(self, key) for key in ("cameras", "rgb", "mask", "depth", "background", "pixels")}
+        moved: dict[str, Any] = {key: value.to(device) for key, value in kept.items() if value is not None}
+        return replace(self, **moved)
 
 
 class Batches:
@@ -87,7 +93,7 @@ class Batches:
         """The next image, `factor` times smaller.
 
         Raises:
-            ValueError: its file is damaged.
+            ImageError: its file is damaged or gone; it stays the next.
         """
         if not self.order:
             self.order = torch.randperm(len(self.views), generator=self.generator).tolist()
@@ -99,7 +105,11 @@ class Batches:
             self.views.prefetch(self.order[-1])
         if index in self._made:
             return self._made[index]
-        view = self.views[index]
+        try:
+            view = self.views[index]
+        except (ValueError, OSError) as error:
+            self.order.append(index)  # it is still to come
+            raise ImageError(one_line(error)) from error
         is_blended = view.alpha is not None
         shade = torch.full((1, 3), self.background)
         if self.random_background and is_blended:

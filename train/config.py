@@ -155,7 +155,7 @@ def check_config(config: TrainConfig) -> None:
     """Raise a ValueError naming the first option that makes no sense."""
     infinity, least = float("inf"), 1e-12
     positive = ("steps", "minutes", "downscale", "max_primitives", "data.cache_mb", "data.initial_points", "log.every")
-    from_zero = (
+    from_zero: tuple[str, ...] = (
         "threads",
         "seed",
         "pause_at",
