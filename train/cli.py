@@ -195,6 +195,9 @@ def use_backend(backend: str, device: torch.device) -> str:
         return f"the PyTorch reference on {torch.cuda.get_device_name(device)}: kernels for GPUs come later"
     if backend == "reference":
         return "the PyTorch reference, as --backend asks"
+    if kernels.kernels is None:
+        kernels.told = True  # by what is returned
+        return f"the {kernels.description}"
     return f"{kernels.description}, {torch.get_num_threads()} threads"
 
 
