@@ -90,16 +90,18 @@ def find_scene(scene: str) -> Path:
     Raises:
         FileNotFoundError: there is none; lists the names that are known.
     """
-    path = Path(scene).expanduser()
-    if path.exists():
-        return path
     data = os.environ.get("PRISMFIELD_DATA")
-    if data and (Path(data).expanduser() / scene).exists():
-        return Path(data).expanduser() / scene
-    bundled = Path(__file__).parent / scene
-    if scene in BUNDLED and is_transforms(bundled):
-        log.info(BUNDLED[scene])
-        return bundled
+    candidates = [Path(scene).expanduser(), *([Path(data).expanduser() / scene] if data else [])]
+    if scene in BUNDLED:
+        candidates.append(Path(__file__).parent / scene)
+    there = [path for path in candidates if path.exists()]
+    for path in there:  # a folder without a capture, a run's perhaps, hides no scene of its name
+        if path.is_file() or _holds_capture(path):
+            if path is candidates[-1] and scene in BUNDLED:
+                log.info(BUNDLED[scene])
+            return path
+    if there:
+        return there[0]  # its reader says what is missing
     raise FileNotFoundError(
         f"scene {scene!r}: no such path or name (known names: {', '.join(known_scenes()) or 'none'}; "
         f"$PRISMFIELD_DATA is {data or 'not set'})"
@@ -112,8 +114,12 @@ def known_scenes() -> list[str]:
     data = os.environ.get("PRISMFIELD_DATA")
     if data and Path(data).expanduser().is_dir():
         folders = sorted(Path(data).expanduser().iterdir())
-        names += [f.name for f in folders if f.is_dir() and (is_transforms(f) or find_model(f) is not None)]
+        names += [f.name for f in folders if f.is_dir() and _holds_capture(f)]
     return names + [name for name in BUNDLED if name not in names and is_transforms(Path(__file__).parent / name)]
+
+
+def _holds_capture(folder: Path) -> bool:
+    return is_transforms(folder) or find_model(folder) is not None
 
 
 def _read(path: Path) -> Capture:

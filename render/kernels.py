@@ -76,17 +76,18 @@ def _why_missing() -> str:
 
 kernels: ModuleType | Any
 kernels, description = load_kernels(os.environ.get("PRISMFIELD_KERNELS", ""))
-_told = False
+told = False
+"""Whether the user knows that the reference runs."""
 enabled = True
 """False: run the references even where kernels are at hand."""
 
 
 def use_kernel(tensor: Tensor) -> bool:
     """Whether a compiled kernel takes this tensor; otherwise the caller runs the reference, and the first one says why."""
-    global _told
+    global told
     if not enabled or tensor.device.type != "cpu" or tensor.dtype != torch.float32:
         return False
-    if kernels is None and not _told:
-        _told = True
+    if kernels is None and not told:
+        told = True
         log.warning(description)
     return kernels is not None

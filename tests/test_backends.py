@@ -56,7 +56,7 @@ def test_the_reference_without_kernels(monkeypatch: pytest.MonkeyPatch, caplog: 
     arguments = (g.means, g.quats, g.scales, g.opacities, (g.sh0, g.shN), cameras)
     wanted = rasterize_gaussians(*arguments, sh_degree=2).rgb
     monkeypatch.setattr(kernels_module, "kernels", None)
-    monkeypatch.setattr(kernels_module, "_told", False)
+    monkeypatch.setattr(kernels_module, "told", False)
     monkeypatch.setattr(kernels_module.log, "propagate", True)
     with caplog.at_level(logging.WARNING, logger="prismfield"):
         got = rasterize_gaussians(*arguments, sh_degree=2).rgb

@@ -41,6 +41,18 @@ def test_name_lookup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert find_scene("chair") == Path("chair"), "a path wins over a name"
 
 
+def test_a_folder_without_a_capture_hides_no_scene(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`render-train --scene garden --out garden` a second time took its own run for the scene."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PRISMFIELD_DATA", str(tmp_path / "data"))
+    for folder in ("garden/checkpoints", "chair/checkpoints", "sofa/checkpoints"):
+        (tmp_path / folder).mkdir(parents=True)
+    write_transforms(tmp_path / "data" / "chair")
+    assert find_scene("chair") == tmp_path / "data" / "chair"
+    assert len(load_scene("garden").train) > 60
+    assert find_scene("sofa") == Path("sofa")
+
+
 def test_bundled_scene_says_what_it_is(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

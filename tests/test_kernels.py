@@ -113,7 +113,7 @@ def test_what_the_build_wrote_down_is_told(installed: Any, monkeypatch: pytest.M
 def test_the_reference_says_once_why(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(module, "kernels", None)
     monkeypatch.setattr(module, "description", "slow reference")
-    monkeypatch.setattr(module, "_told", False)
+    monkeypatch.setattr(module, "told", False)
     monkeypatch.setattr(module.log, "propagate", True)
     with caplog.at_level(logging.WARNING, logger="prismfield"):
         assert not module.use_kernel(torch.zeros(1, dtype=torch.float64))
