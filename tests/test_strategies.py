@@ -199,7 +199,7 @@ def fake_output(gradients: Tensor, radii: Tensor | None = None, size: tuple[int,
     return RenderOutput(alpha[..., None].expand(-1, -1, -1, 3), alpha, params=params, radii=radii, absgrad=absgrad)
 
 
-ALWAYS = AdcConfig(absgrad=False, start=1, interval=1, min_interval=1, reset_interval=0)
+ALWAYS = AdcConfig("threshold", absgrad=False, start=1, interval=1, min_interval=1, reset_interval=0)
 
 
 class TestAdc:
