@@ -16,6 +16,7 @@ from prismfield.datasets.images import ImageInfo, read_info
 from prismfield.datasets.lens import Lens
 from prismfield.render.cameras import CameraModel, Cameras
 
+_FOCALS = 1e-3, 1e5  # least and greatest focal length, image lengths: what lies beyond is no number of pixels
 _RIGID_TOLERANCE = 1e-2  # of rotation entries; files written with few digits are repaired, others refused
 
 
@@ -124,8 +125,10 @@ def make_frame(
     for label, value in (("focal length fx", spec.fx), ("focal length fy", spec.fy)):
         if not (np.isfinite(value) and value > 0):
             raise ValueError(f"{name}: {label}: expected a positive number, got {value}")
-    if not np.isfinite([spec.cx, spec.cy]).all():
-        raise ValueError(f"{name}: principal point: expected finite numbers, got ({spec.cx}, {spec.cy})")
+        if not _FOCALS[0] * max(spec.size) <= value <= _FOCALS[1] * max(spec.size):
+            raise ValueError(f"{name}: {label}: expected pixels, got {value} for an image {max(spec.size)} pixels long")
+    if not (np.abs([spec.cx, spec.cy]) <= _FOCALS[1] * max(spec.size)).all():
+        raise ValueError(f"{name}: principal point: expected a place in pixels, got ({spec.cx}, {spec.cy})")
     width, height = spec.size
     K = torch.tensor([[[spec.fx, 0, spec.cx], [0, spec.fy, spec.cy], [0, 0, 1]]], dtype=torch.float64)
     distortion = torch.tensor([spec.lens.coefficients], dtype=torch.float64) if spec.lens.coefficients else None
