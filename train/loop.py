@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import signal
 import time
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from prismfield.render.output import RenderOutput
-from prismfield.train.batches import Batch
+from prismfield.train.batches import Batch, ImageError
 from prismfield.train.clock import Clock
 from prismfield.train.config import TrainConfig
 from prismfield.train.evaluate import ViewResult, evaluate_views
@@ -25,6 +26,8 @@ from prismfield.train.session import Session
 
 _SETTLED = 0.1  # of a learning rate is left at the end
 _WATCHED_STEPS = 10  # between looks at the loss: often enough for the display, seldom enough to cost nothing
+
+log = logging.getLogger("prismfield")
 
 
 class Interrupt:
@@ -60,6 +63,7 @@ def train(session: Session, folder: Path, progress: Progress, viewer: Any = None
         Whether it reached the end; False if a signal or `pause_at` stopped it. The last state is saved either way.
 
     Raises:
+        ImageError: a training image is damaged or gone; the state is saved.
         ValueError: the loss or a parameter is no longer finite; the last checkpoint stays as it is.
     """
     config, clock, interrupt = session.config, session.clock, Interrupt()
@@ -67,7 +71,12 @@ def train(session: Session, folder: Path, progress: Progress, viewer: Any = None
     with interrupt.listen():
         while not clock.done and not interrupt.asked and clock.step != config.pause_at:
             clock.start_step()
-            batch, rgb, terms = training_step(session)
+            try:
+                batch, rgb, terms = training_step(session)
+            except ImageError:
+                session.save(folder)
+                log.info("saved; once the image is mended, go on with: render-train --resume %s", folder)
+                raise
             clock.end_step()
             if clock.step % _WATCHED_STEPS == 0 or clock.step == 1 or clock.done:
                 progress.watch(session, loss_values(terms, clock.step), train_psnr(batch, rgb))
