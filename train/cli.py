@@ -50,13 +50,14 @@ def train_run(config: TrainConfig) -> tuple[Path, bool]:
     began = time.monotonic()
     config = resolved(config)
     check_config(config)
-    from prismfield.train.folder import check_unused, new_folder, write_config
+    from prismfield.train.folder import check_unused, naming, new_folder, write_config
+
+    if config.resume is None:
+        check_unused(config.out)  # before a minute goes into reading
     from prismfield.train.loop import train
     from prismfield.train.progress import Progress
     from prismfield.train.session import start_session
 
-    if config.resume is None:
-        check_unused(config.out)  # before a minute goes into reading
     device = choose_device(config.device, config.backend)
     use_threads(config.threads)
     kernels = use_backend(config.backend, device)
@@ -73,7 +74,7 @@ def train_run(config: TrainConfig) -> tuple[Path, bool]:
     log.info("run folder %s", folder)
     viewer = _open_viewer(session, folder) if config.viewer else None
     try:
-        with Progress(folder, session) as progress:
+        with naming(folder), Progress(folder, session) as progress:
             finished = train(session, folder, progress, viewer)
             if finished:
                 _finish(session, folder, progress, began, kernels)

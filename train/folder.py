@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from prismfield.train.config import TrainConfig, from_json, to_json
@@ -27,7 +30,14 @@ def read_config(path: Path) -> TrainConfig:
 
 def check_unused(path: Path | None) -> None:
     """Raise a ValueError if a new run must not be written to `path`."""
-    if path is not None and path.exists() and (not path.is_dir() or any(path.iterdir())):
+    if path is None:
+        return
+    there = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    if not there.is_dir() and there != path:
+        raise ValueError(f"--out {path}: {there} is not a folder")
+    if there.is_dir() and not os.access(there, os.W_OK | os.X_OK):
+        raise ValueError(f"--out {path}: {there} cannot be written to")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
         hint = f"; go on with it by --resume {path}" if (path / CONFIG).is_file() else ""
         raise ValueError(f"--out {path}: already exists and is not empty{hint}")
 
@@ -66,10 +76,22 @@ def write_bytes(path: Path, data: bytes) -> None:
     """Write a file, whole or not at all."""
     part = path.with_name(f".{path.name}.part")
     try:
-        part.write_bytes(data)
+        with naming(path):
+            part.write_bytes(data)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Name `path` in errors of the system that name nothing, as that of a full disk."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None or error.filename is not None:
+            raise
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _made(path: Path) -> bool:
