@@ -236,24 +236,28 @@ def test_opcheck(build: Any) -> None:
 
 
 @pytest.mark.parametrize("build", usable_levels(), indirect=True)
-def test_most_channels(build: Any) -> None:
-    """63 and depth still fit; one more is refused in words."""
+@pytest.mark.parametrize("channels", [62, 63, 130])
+def test_many_channels(build: Any, channels: int) -> None:
+    """As many as one pass takes, one more, and three passes."""
     params, _, depths, _, radii, fragile = make_inputs(7, (17, 9), 3, 5)
     isects = bin_primitives("gaussian", params, depths, radii, (17, 9))
-    for channels in (63, 64):
-        features = torch.randn(3, 7, channels, generator=torch.Generator().manual_seed(0))
-        if channels == 64:
-            with pytest.raises(ValueError, match=r"features: .*at most 63 channels"):
-                composite("gaussian", params, features, depths, isects, (17, 9), depth=True)
-            return
-        leaves = [features.clone().requires_grad_(), features.double().requires_grad_()]
-        out = composite("gaussian", params, leaves[0], depths, isects, (17, 9), depth=True).features
-        inputs = (params.double(), leaves[1], depths.double(), torch.zeros(3, 63, dtype=torch.float64))
-        wanted = composite_reference("gaussian", *inputs, isects, (17, 9))[0]
-        for image in (out, wanted):
-            image.backward(*upstream_of([image], fragile))
-        assert_rows_close(out[~fragile], wanted[~fragile], 1e-5, "features")
-        assert_rows_close(leaves[0].grad, leaves[1].grad, 1e-4, "v_features")
+    generator = torch.Generator().manual_seed(0)
+    features, background = (
+        torch.randn(3, 7, channels, generator=generator),
+        torch.rand(3, channels, generator=generator),
+    )
+    ours = [t.clone().requires_grad_() for t in (params, features, depths, background)]
+    theirs = [t.double().requires_grad_() for t in (params, features, depths, background)]
+    out = composite("gaussian", *ours[:3], isects, (17, 9), ours[3], depth=True)
+    wanted = composite_reference("gaussian", *theirs, isects, (17, 9))
+    for images in ([out.features, out.alpha, out.depth], list(wanted[:3])):
+        torch.autograd.backward(images, upstream_of(images, fragile))
+    assert_rows_close(out.features[~fragile], wanted[0][~fragile], 1e-5, "features")
+    for name, a, b in zip(("params", "features", "depths", "background"), ours, theirs, strict=True):
+        assert_rows_close(a.grad, b.grad, 1e-4, f"v_{name}")
+    if channels > 62:
+        with pytest.raises(ValueError, match="absgrad: expected None with more than 62 channels"):
+            composite("gaussian", params, features, depths, isects, (17, 9), absgrad=torch.zeros_like(params[..., :2]))
 
 
 @pytest.mark.parametrize("build", usable_levels(), indirect=True)

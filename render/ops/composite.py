@@ -1,6 +1,6 @@
 """Blend sorted primitives into pixels, front to back. Knows no primitive: see `primitives.py` for what one supplies."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -10,6 +10,9 @@ from prismfield.render.kernels import kernels, use_kernel
 from prismfield.render.ops.bin import Isects, num_params
 from prismfield.render.ops.constants import ALPHA_MAX, ALPHA_MIN, TRANS_MIN
 from prismfield.render.ops.primitives import PRIMITIVES
+
+MAX_CHANNELS = 62
+"""What one pass of a compiled kernel blends beside depth; more take several passes."""
 
 
 @dataclass
@@ -58,7 +61,8 @@ def composite(
         absgrad: [C, N, 2] zeros whose gradient becomes sum over pixels of |dL/d(x, y)| of each primitive (AbsGS, arXiv:2404.10484).
 
     Raises:
-        ValueError: a shape, dtype or device does not fit, the primitive is unknown, or `isects` are not of these primitives.
+        ValueError: a shape, dtype or device does not fit, the primitive is unknown, `isects` are not of these primitives, or
+            there are more than MAX_CHANNELS with `absgrad`, whose absolute values cannot be added up in parts.
     """
     bound = check_shapes(
         params=(params, f"C N {num_params(primitive)}"), features=(features, "C N D"), depths=(depths, "C N")
@@ -73,6 +77,17 @@ def composite(
     if use_kernel(params):
         if isects.tile_size != kernels.tile_size:
             raise ValueError(f"isects: expected tiles of {kernels.tile_size} pixels, got {isects.tile_size}")
+        if bound["D"] > MAX_CHANNELS:
+            if absgrad is not None:
+                raise ValueError(
+                    f"absgrad: expected None with more than {MAX_CHANNELS} channels, of which there are {bound['D']}"
+                )
+            parts = zip(features.split(MAX_CHANNELS, -1), background.split(MAX_CHANNELS, -1), strict=True)
+            first, *others = (
+                composite(primitive, params, f, depths, isects, size, b, depth=depth, median_depth=median_depth)
+                for f, b in parts
+            )
+            return replace(first, features=torch.cat([first.features, *(part.features for part in others)], -1))
         lists = (isects.ids, isects.rows, isects.tile_ranges, isects.row_starts)
         options = (size[0], size[1], isects.tile_size, depth, median_depth)
         absgrad = params.new_zeros(0) if absgrad is None else absgrad
