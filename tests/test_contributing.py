@@ -19,6 +19,7 @@ import torch
 from prismfield.export.assets import SplatAsset
 from prismfield.export.verify import differences
 from prismfield.render import kernels as kernels_module
+from prismfield.render.ops.sh import C0
 from prismfield.representations.base import Representation
 
 from . import test_conformance as conformance
@@ -77,6 +78,13 @@ def test_the_representation_conforms(name: str, monkeypatch: pytest.MonkeyPatch)
     values: dict[str, Any] = {"kind": "dots", "scene": scene, "device": torch.device("cpu")}
     test = getattr(conformance, name)
     test(**{parameter: values[parameter] for parameter in inspect.signature(test).parameters})
+
+
+def test_the_representation_starts_with_the_colours_of_the_points() -> None:
+    example = run_example("representation")
+    xyz, rgb, aabb = conformance.make_points()
+    scene = example.Dots.from_points(xyz, rgb, aabb, example.DotsConfig())
+    torch.testing.assert_close(scene.sh0[:, 0] * C0 + 0.5, rgb)
 
 
 def test_the_encoding() -> None:

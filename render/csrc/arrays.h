@@ -4,7 +4,6 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/string.h>
 #include <cstdint>
-#include <cstdlib>
 #include <new>
 
 namespace pf {
@@ -21,16 +20,13 @@ class Buffer {
  public:
   Buffer() = default;
   Buffer(const Buffer &) = delete;
-  ~Buffer() { std::free(data_); }
+  ~Buffer() { release(); }
   T *need(size_t count) {
     if (count > capacity_) {
-      std::free(data_);
-      capacity_ = count + count / 8;
-      data_ = static_cast<T *>(std::aligned_alloc(64, (capacity_ * sizeof(T) + 63) / 64 * 64));
-      if (!data_) {
-        capacity_ = 0;
-        throw std::bad_alloc();
-      }
+      release();
+      const size_t capacity = count + count / 8;  // rounded up to whole cache lines
+      data_ = static_cast<T *>(::operator new((capacity * sizeof(T) + 63) / 64 * 64, kAlignment));
+      capacity_ = capacity;
     }
     return data_;
   }
@@ -38,6 +34,11 @@ class Buffer {
   T *data() { return data_; }
 
  private:
+  static constexpr std::align_val_t kAlignment{64};  // not std::aligned_alloc, which Windows lacks
+  void release() {
+    ::operator delete(data_, kAlignment);
+    data_ = nullptr, capacity_ = 0;
+  }
   T *data_ = nullptr;
   size_t capacity_ = 0;
 };
