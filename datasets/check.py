@@ -260,9 +260,9 @@ def _describe_images(check: SceneCheck, frames: list[Frame]) -> None:
     check.rows.append(("duplicates", "none" if not repeats else _some([f"{b} = {a}" for a, b, _ in repeats])))
     if repeats:
         leaks = [b for a, b, _ in repeats if (a in tests) != (b in tests)]
-        what = "identical files" if all(kind == "identical" for _, _, kind in repeats) else "images that look the same"
-        leak = f"; {len(leaks)} pairs join a train and a test view, which flatters the test scores" if leaks else ""
-        check.warnings.append(f"{len(repeats)} {what}: {_some([f'{b} = {a}' for a, b, _ in repeats])}{leak}")
+        what = "is the same file as" if all(kind == "identical" for _, _, kind in repeats) else "looks the same as"
+        leak = f"; {len(leaks)} of a train and a test view, which flatters the test scores" if leaks else ""
+        check.warnings.append(f"an image {what} another: {_some([f'{b} = {a}' for a, b, _ in repeats])}{leak}")
     unused = unused_files(frames)
     check.rows.append(
         ("unregistered", "none" if not unused else f"{len(unused)} files without a camera: {_some(unused)}")
@@ -316,7 +316,10 @@ def _describe_cameras(check: SceneCheck, frames: list[Frame]) -> None:
 def _describe_content(check: SceneCheck, frames: list[Frame]) -> None:
     data = check.data
     if data.points is None:
-        check.rows.append(("points", "none; training starts from random ones"))
+        own = (
+            "random ones inside the outlines" if data.background is not None else "matches between neighbouring images"
+        )
+        check.rows.append(("points", f"none; training makes its own, from {own}"))
     else:
         seen = _points_in_view(frames, data.points.xyz.double().numpy())
         check.rows.append(

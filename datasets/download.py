@@ -6,6 +6,7 @@ directory, then the stretches that hold the scene's files, into `NAME.part`. An 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import json
@@ -14,6 +15,7 @@ import shutil
 import stat
 import zipfile
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal
@@ -137,30 +139,31 @@ def fetch_scene(sources: tuple[Source, ...], target: Path, *, overwrite: bool = 
     console = Console(stderr=True)
     failures: list[OSError] = []
     for source in sources:
+        try:
+            remote = HttpFile(source.url) if source.url.startswith(("http://", "https://")) else None
+        except ConnectionError as error:
+            failures.append(error)
+            continue
         with Progress(*columns, console=console) as progress:
-            try:
-                checked = _fetch(source, target, progress)
-            except ConnectionError as error:
-                failures.append(error)
-                continue
+            checked = _fetch(remote, source, target, progress)
         console.print(f"{target}: {checked}", highlight=False, soft_wrap=True)
         return target
     raise failures[0]
 
 
-def _fetch(source: Source, target: Path, progress: Progress) -> str:
+def _fetch(remote: HttpFile | None, source: Source, target: Path, progress: Progress) -> str:
     """Download, check and unpack; returns what was checked, in words."""
     part = target.with_name(f"{target.name}.part")
-    if not source.url.startswith(("http://", "https://")):
+    if remote is None:
         with Path(source.url).expanduser().open("rb") as local:
             return _unpack(_open_zip(local, source.url), source, target, progress)
-    remote = HttpFile(source.url)
     plan = _plan(remote, source)
     need = plan.missing(part) + plan.unpacked
     free = shutil.disk_usage(target.parent).free
     if need > free:
         raise OSError(f"{target.parent}: needs {_size(need)} for {target.name}, {_size(free)} are free")
-    _transfer(remote, plan, part, progress)
+    with _naming(part):
+        _transfer(remote, plan, part, progress)
     try:
         digest = _verify(plan, part)
         with part.open("rb") as file:
@@ -221,6 +224,17 @@ def _plan(remote: HttpFile, source: Source) -> Plan:
     if digest is not None and sum(end - start for start, end in spans) >= _WHOLE * remote.size:
         return Plan(source.url, remote.size, remote.tag, whole, unpacked, digest)
     return Plan(source.url, remote.size, remote.tag, spans, unpacked, None)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Say where there is no room, when the disk fills up on the way."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            raise
+        raise OSError(errno.ENOSPC, "the disk is full; make room, and the same command goes on", str(path)) from error
 
 
 def _is_of(part: Path, plan: Plan) -> bool:
@@ -345,7 +359,7 @@ def _unpack(archive: zipfile.ZipFile, source: Source, target: Path, progress: Pr
     try:
         for info, path in zip(members, paths, strict=True):
             (work / path).parent.mkdir(parents=True, exist_ok=True)
-            with (work / path).open("wb") as file:
+            with _naming(work / path), (work / path).open("wb") as file:
                 for block in _blocks(archive, info, source.url):
                     file.write(block)
                     progress.advance(task, len(block))

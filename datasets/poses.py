@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from rich.progress import Progress
 
 _EXHAUSTIVE_UP_TO = 150
+_FOREIGN = (".heic", ".heif", ".avif", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".orf", ".rw2", ".raf")
+_UPRIGHT = (".jpg", ".jpeg", ".png")  # that cameras write with an EXIF rotation
 _COLMAP_READS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp")
 
 
@@ -211,22 +213,27 @@ def _prepare_images(
 
 
 def _link_photos(source: Path, folder: Path, progress: Progress) -> dict[str, float]:
-    """Hard links (or copies) of the photographs under `folder`; returns the sharpness of each by its name there.
+    """Hard links (or copies, turned upright) of the photographs under `folder`; returns the sharpness of each by its name there.
 
     Raises:
         ValueError: fewer than 3 images, or some that cannot be used; names them.
     """
-    from prismfield.datasets.images import decode_raw
+    from prismfield.datasets.images import decode_raw, read_info
     from prismfield.datasets.sharpness import grey, sharpness
 
-    paths = sorted(path for path in source.rglob("*") if _is_photo(path))
-    if len(paths) < 3:
-        heic = sum(1 for path in source.rglob("*") if path.suffix.lower() in (".heic", ".heif"))
-        hint = f"; its {heic} HEIC files must be converted to JPEG first" if heic else ""
-        raise ValueError(
-            f"{source}: found {len(paths)} images (PNG, JPEG, WebP, TIFF, BMP), poses need at least 3{hint}"
-        )
     in_place = source.resolve() == folder.resolve()
+    outside = [path for path in source.rglob("*") if in_place or not path.resolve().is_relative_to(folder.resolve())]
+    paths = sorted(path for path in outside if _is_photo(path))
+    readable_stems = {path.with_suffix("") for path in paths}  # cameras write raw files beside the JPEG
+    foreign = sum(path.suffix.lower() in _FOREIGN and path.with_suffix("") not in readable_stems for path in outside)
+    convert = f"{foreign} HEIC, AVIF or raw files in {source} cannot be read: convert them to JPEG" if foreign else ""
+    if len(paths) < 3:
+        raise ValueError(
+            f"{source}: found {len(paths)} images (PNG, JPEG, WebP, TIFF, BMP), poses need at least 3"
+            + (f"; {convert} first" if foreign else "")
+        )
+    if foreign:
+        progress.console.print(f"[yellow]warning[/]: {convert} if they belong to the scene")
     values: dict[str, float] = {}
     for path in progress.track(paths, description="Images"):
         pixels = decode_raw(path)
@@ -236,9 +243,11 @@ def _link_photos(source: Path, folder: Path, progress: Progress) -> dict[str, fl
             raise ValueError(
                 f"{path}: COLMAP reads no {path.suffix} files and no names with spaces; name another --out, which gets copies"
             )
-        name = name.replace(" ", "_")
-        target = folder / name
-        if path.suffix.lower() not in _COLMAP_READS:
+        target = folder / name.replace(" ", "_")
+        target.parent.mkdir(parents=True, exist_ok=True)
+        if not in_place and read_info(path).rotated and path.suffix.lower() in _UPRIGHT:
+            _turn_upright(path, target)
+        elif path.suffix.lower() not in _COLMAP_READS:
             target = _converted(target, pixels)
         elif not in_place:
             _link(path, target)
@@ -251,18 +260,33 @@ def _link_photos(source: Path, folder: Path, progress: Progress) -> dict[str, fl
     return values
 
 
+def _turn_upright(path: Path, target: Path) -> None:
+    """Save a photograph with its pixels turned the way EXIF asks for, which COLMAP and the training ignore.
+
+    Phones write portraits lying on their side; up would then point sideways.
+    """
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as image:
+        upright = ImageOps.exif_transpose(image)
+        exif = upright.getexif()
+        exif.get_ifd(0x8769)  # read now, or the focal length is not written
+        target.unlink(missing_ok=True)
+        # quality 97 without chroma subsampling: hardly any loss
+        options: dict[str, Any] = {"quality": 97, "subsampling": 0} if image.format == "JPEG" else {}
+        upright.save(target, image.format, exif=exif, **options)
+
+
 def _converted(target: Path, pixels: Any) -> Path:
     """Save WebP or EXR pixels as PNG, which COLMAP reads."""
     import cv2
 
     target = target.with_suffix(".png")
-    target.parent.mkdir(parents=True, exist_ok=True)
     target.write_bytes(cv2.imencode(".png", pixels)[1].tobytes())
     return target
 
 
 def _link(path: Path, target: Path) -> None:
-    target.parent.mkdir(parents=True, exist_ok=True)
     target.unlink(missing_ok=True)
     try:
         os.link(path.resolve(), target)

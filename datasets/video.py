@@ -94,17 +94,8 @@ def extract_frames(video: Path, folder: Path, kept: int, total: int, advance: Ca
 def _decoded(video: Path, step: int) -> Iterator[NDArray[np.uint8]]:
     """[H, W, 3] BGR pixels of every `step`-th frame, turned upright as the video asks."""
     command = [_imageio_ffmpeg().get_ffmpeg_exe(), "-v", "error", "-nostdin", "-i", str(video), "-map", "0:v:0"]
-    command += [
-        "-vf",
-        f"select=not(mod(n\\,{step}))",
-        "-fps_mode",
-        "passthrough",
-        "-f",
-        "image2pipe",
-        "-c:v",
-        "ppm",
-        "-",
-    ]
+    command += ["-vf", f"select=not(mod(n\\,{step}))", "-fps_mode", "passthrough"]
+    command += ["-f", "image2pipe", "-c:v", "ppm", "-pix_fmt", "rgb24", "-"]  # of a 10-bit video, 16 bits would come
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL) as process:
         assert process.stdout is not None
         try:
