@@ -29,7 +29,7 @@ TRAININGS = {
     "garden": "--scene garden",
     "lego": "--scene DATA/lego --steps 7000",
     "fox": "--scene DATA/fox --steps 7000",
-    "dtu_scan65": "--scene DATA/dtu_scan65 --downscale 2 --steps 7000",
+    "dtu_scan65": "--scene DATA/dtu_scan65 --downscale 2 --steps 7000 --data.cut-out --data.random-background",
     "bonsai": "--scene DATA/bonsai --steps 7000",
     "fox_40s": "--scene DATA/fox --minutes 0.6666",
     "fox_40s_random": "--scene DATA/fox --minutes 0.6666 --data.points random",

@@ -64,6 +64,7 @@ class Batches:
         background: float,
         random_background: bool = False,
         use_masks: bool = True,
+        cut_out: bool = False,
         seed: int = 0,
         byte_budget: int = 512 << 20,
     ) -> None:
@@ -74,13 +75,14 @@ class Batches:
             background: value behind images with an alpha channel, of all three channels.
             random_background: draw a new colour behind them each step instead.
             use_masks: leave masked pixels out.
+            cut_out: what the masks leave out is transparent instead.
             seed: of the order and of the colours.
             byte_budget: memory for images that were blended or shrunk, beside what `views` keep.
         """
         self.views = views
         self.background = background
         self.random_background = random_background
-        self.use_masks = use_masks
+        self.use_masks, self.cut_out = use_masks, cut_out
         self.generator = torch.Generator().manual_seed(seed)
         self.order: list[int] = []
         """Views still to come in this epoch, the next one last."""
@@ -110,6 +112,8 @@ class Batches:
         except (ValueError, OSError) as error:
             self.order.append(index)  # it is still to come
             raise ImageError(one_line(error)) from error
+        if self.cut_out:
+            view = cut_out(view)
         is_blended = view.alpha is not None
         shade = torch.full((1, 3), self.background)
         if self.random_background and is_blended:
@@ -130,6 +134,15 @@ class Batches:
         """Take up what `state_dict` gave."""
         self.order = state["order"].tolist()
         self.generator.set_state(state["generator"])
+
+
+def cut_out(view: View) -> View:
+    """The view with what its mask leaves out made transparent."""
+    if view.mask is None:
+        return view
+    opaque = 255 if view.rgb.dtype == torch.uint8 else 1
+    alpha = torch.full_like(view.rgb[..., 0], opaque) if view.alpha is None else view.alpha
+    return replace(view, alpha=torch.where(view.mask, alpha, torch.zeros_like(alpha)), mask=None)
 
 
 def make_batch(view: View, index: int, background: Tensor, factor: int = 1, use_masks: bool = True) -> Batch:

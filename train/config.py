@@ -29,6 +29,9 @@ class DataConfig:
     """How many points to make where the capture has no cloud."""
     masks: bool = True
     """Leave masked pixels out of the loss and of the metrics."""
+    cut_out: bool = False
+    """Masks outline the object: train what they leave out to be empty. Else it is unknown, and with few views whatever
+    suits them comes to float there."""
     random_background: bool = False
     """Blend images with an alpha channel over a new colour each step, instead of always over the same."""
 

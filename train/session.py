@@ -157,6 +157,7 @@ def start_session(config: TrainConfig, device: torch.device, folder: Path | None
         background=background,
         random_background=config.data.random_background,
         use_masks=config.data.masks,
+        cut_out=config.data.cut_out,
         seed=config.seed,
         byte_budget=budget // 4,
     )
