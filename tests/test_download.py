@@ -6,6 +6,8 @@ import errno
 import hashlib
 import io
 import shutil
+import socket
+import struct
 import threading
 import zipfile
 from collections.abc import Iterator
@@ -62,6 +64,8 @@ class Served:
     ranges: bool = True
     breaks_after: int | None = None
     """Bytes, over all answers, after which the connection breaks; then it answers nothing any more."""
+    resets: bool = False
+    """Whether a break is an error (reset) and not an early end."""
     linked_digest: str = ""
     """What Hugging Face's first answer says of the file that it redirects to."""
     sent: int = 0
@@ -102,10 +106,14 @@ class Handler(BaseHTTPRequestHandler):
         self.send_header("Content-Length", str(end - start))
         self.send_header("ETag", served.tag)
         self.end_headers()
+        breaks = served.breaks_after is not None and served.sent + end - start > served.breaks_after
         if served.breaks_after is not None:
             end = min(end, start + max(0, served.breaks_after - served.sent))
         served.sent += end - start
         self.wfile.write(served.content[start:end])
+        if breaks and served.resets:
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
 
 
 @pytest.fixture
@@ -153,10 +161,11 @@ def test_an_interrupted_download_goes_on_where_it_stopped(served: Served, tmp_pa
     assert served.sent <= 800_000 + directory + 20_000 - kept + (1 << 18)
 
 
+@pytest.mark.parametrize("resets", [False, True])
 def test_a_connection_that_breaks_once_is_taken_up_within_the_same_run(
-    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    served: Served, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, resets: bool
 ) -> None:
-    served.breaks_after = 500_000
+    served.breaks_after, served.resets = 500_000, resets
 
     def repair(seconds: float) -> None:
         served.breaks_after = None
