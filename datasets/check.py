@@ -366,7 +366,7 @@ def _describe_poses(check: SceneCheck, frames: list[Frame]) -> None:
     shared = [names for names in rounded.values() if len(names) > 1]
     if shared and len(frames) > 1:
         check.warnings.append(
-            f"{len(shared)} poses are shared by several images: {_some([' = '.join(names[:3]) for names in shared])}"
+            f"several images have the same pose: {_some([' = '.join(names[:3]) for names in shared])}"
         )
     distance = np.linalg.norm(centers - np.median(centers, axis=0), axis=1)
     typical = float(np.median(distance))
