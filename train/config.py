@@ -158,33 +158,25 @@ def check_config(config: TrainConfig) -> None:
     """Raise a ValueError naming the first option that makes no sense."""
     infinity, least = float("inf"), 1e-12
     positive = ("steps", "minutes", "downscale", "max_primitives", "data.cache_mb", "data.initial_points", "log.every")
-    from_zero: tuple[str, ...] = (
-        "threads",
-        "seed",
-        "pause_at",
-        "eval_every_nth",
-        "loss.opacity_reg",
-        "loss.scale_reg",
-        "loss.depth_weight",
-    )
-    from_zero += ("schedule.min_side", "log.tests", "log.checkpoint_minutes", "log.checkpoint_steps")
-    limits = dict.fromkeys(positive, (least, infinity)) | dict.fromkeys(from_zero, (0.0, infinity))
+    limits = dict.fromkeys((*positive, "gaussians.init_scale"), (least, infinity))
+    shares = ("loss.ssim_weight", "schedule.settle", "gaussians.init_opacity", "adc.stop", "mcmc.stop")
+    limits |= dict.fromkeys(shares, (0, 1))
     limits |= {
-        "loss.ssim_weight": (0, 1),
-        "schedule.settle": (0, 1),
+        "seed": (0, 2**32 - 1),
+        "threads": (0, 4096),
         "gaussians.sh_degree": (0, 3),
         "viewer_port": (1, 65535),
     }
     for name, value in _options(config):
         if isinstance(value, float) and not abs(value) < infinity:
             raise ValueError(f"--{_flag(name)}: expected a finite number, got {value}")
-        low, high = limits.get(name, (-infinity, infinity))
+        low, high = limits.get(name, (0, infinity))
         if isinstance(value, int | float) and not low <= value <= high:
             expected = f"{low} to {high}" if high < infinity else "a positive number" if low == least else "0 or more"
             raise ValueError(f"--{_flag(name)}: expected {expected}, got {value}")
-    shares = config.schedule.resolution
-    if list(shares) != sorted(shares) or any(not 0 <= share <= 1 for share in shares):
-        raise ValueError(f"--schedule.resolution: expected rising shares between 0 and 1, got {shares}")
+    sizes = config.schedule.resolution
+    if list(sizes) != sorted(sizes) or any(not 0 <= share <= 1 for share in sizes):
+        raise ValueError(f"--schedule.resolution: expected rising shares between 0 and 1, got {sizes}")
 
 
 def resolved(config: TrainConfig) -> TrainConfig:
@@ -246,25 +238,37 @@ def from_json(text: str, source: str) -> TrainConfig:
     """
     try:
         return _build(TrainConfig, json.loads(text))
-    except (TypeError, KeyError, ValueError, AttributeError) as error:
+    except ValueError as error:
         raise ValueError(f"{source}: not a training config of this version ({error})") from None
 
 
-def _build(cls: type, values: dict[str, Any]) -> Any:
+def _build(cls: type, values: Any, prefix: str = "") -> Any:
+    """The config from JSON's objects, each option of its type."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{prefix.rstrip('.') or 'the file'}: expected options, got {values!r}")
     hints = get_type_hints(cls)
     if unknown := set(values) - set(hints):
-        raise ValueError(f"unknown option {', '.join(sorted(unknown))}")
-    built: dict[str, Any] = {}
-    for name, value in values.items():
-        hint = hints[name]
-        if dataclasses.is_dataclass(hint) and isinstance(hint, type):
-            value = _build(hint, value)
-        elif get_origin(hint) is tuple:
-            value = tuple(value)
-        elif value is not None and (hint is Path or Path in get_args(hint)):
-            value = Path(value)
-        built[name] = value
-    return cls(**built)
+        raise ValueError(f"unknown option {', '.join(prefix + name for name in sorted(unknown))}")
+    return cls(**{name: _value(hints[name], value, prefix + name) for name, value in values.items()})
+
+
+def _value(hint: Any, value: Any, name: str) -> Any:
+    """What JSON has for the option `name`, as the type that `hint` says."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return _build(hint, value, f"{name}.")
+    if type(None) in parts:
+        return None if value is None else _value(parts[0], value, name)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_value(parts[0], item, name) for item in value)
+    if hint is Path and isinstance(value, str):
+        return Path(value)
+    if hint is float and type(value) is int:
+        return float(value)
+    if type(value) is hint or (origin is Literal and value in parts):
+        return value
+    expected = " or ".join(parts) if origin is Literal else getattr(hint, "__name__", hint)
+    raise ValueError(f"{name}: expected {expected}, got {value!r}")
 
 
 def _options(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
