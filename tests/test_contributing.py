@@ -88,12 +88,14 @@ def test_the_representation_starts_with_the_colours_of_the_points() -> None:
 
 
 def test_the_encoding() -> None:
-    encoding = run_example("encoding").Frequency(3, 4)
-    x = torch.rand(2, 5, 3, dtype=torch.float64)
-    out = encoding(x)
-    assert out.shape == (2, 5, encoding.out_dim)
-    wanted = [f(np.pi * 2.0**k * x[1, 4, d]) for f in (torch.sin, torch.cos) for d in range(3) for k in range(4)]
-    torch.testing.assert_close(out[1, 4], torch.stack(wanted), rtol=1e-6, atol=1e-6)
+    """The mean product of two codes is a Gaussian of the distance: what the random waves are for."""
+    torch.manual_seed(0)
+    encoding = run_example("encoding").Fourier(3, 20_000, 0.5)
+    x, y = torch.tensor([[0.3, 0.1, 0.7]]), torch.tensor([[0.5, 0.2, 0.4]])
+    assert encoding(x).shape == (1, encoding.out_dim)
+    likeness = (encoding(x) * encoding(y)).sum() / 20_000
+    wanted = np.exp(-0.5 * (2 * np.pi * 0.5) ** 2 * 0.14)  # the squared distance is 0.14
+    assert float(likeness) == pytest.approx(wanted, abs=0.02)
 
 
 @pytest.fixture(scope="module")

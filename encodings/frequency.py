@@ -1,0 +1,43 @@
+"""Sines and cosines of doubling frequency."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+
+class Frequency(nn.Module):
+    """Positions as sines and cosines of doubling frequency (NeRF, arXiv:2003.08934, eq. 4)."""
+
+    out_dim: int
+    """`2 * in_dim * octaves`."""
+    frequencies: Tensor
+    """[octaves] radians per unit: pi, 2 pi, 4 pi, ..."""
+
+    def __init__(self, in_dim: int, octaves: int) -> None:
+        super().__init__()
+        if in_dim < 1 or octaves < 1:
+            raise ValueError(f"in_dim, octaves: expected 1 or more, got {in_dim} and {octaves}")
+        self.in_dim = in_dim
+        self.out_dim = 2 * in_dim * octaves
+        self.register_buffer("frequencies", math.pi * 2.0 ** torch.arange(octaves), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Encode.
+
+        Args:
+            x: [..., in_dim], any range; the values repeat with period 2.
+
+        Returns:
+            [..., out_dim]: all sines, then all cosines, each with the octaves of one axis side by side. Differentiable any
+            number of times.
+
+        Raises:
+            ValueError: the last axis is not `in_dim`.
+        """
+        if x.shape[-1:] != (self.in_dim,):
+            raise ValueError(f"x: expected [..., {self.in_dim}], got {list(x.shape)}")
+        angles = (x[..., None] * self.frequencies).flatten(-2)
+        return torch.cat([angles.sin(), angles.cos()], -1)
