@@ -118,6 +118,15 @@ def test_true_poses_agree_with_the_images(tmp_path: Path) -> None:
     assert len(xyz) > 500 and inside.float().mean() > 0.9
 
 
+def test_lens_distortion_counts(tmp_path: Path) -> None:
+    """Stated for images that have none, it must show."""
+    root = some_garden(tmp_path / "scene", 4)
+    table = json.loads((root / "transforms.json").read_text())
+    (root / "transforms.json").write_text(json.dumps(table | {"k1": 0.2}))
+    check = inspected(root, match=True)
+    assert [text for text in check.warnings + check.errors if "px" in text and "poses" in text]
+
+
 def test_another_axes_convention_is_told_by_the_images(tmp_path: Path) -> None:
     """OpenCV poses in a file of OpenGL ones: every number is in order, and every view looks the other way."""
     root = some_garden(tmp_path / "scene")
@@ -140,9 +149,9 @@ def pair(a: str, b: str, error: float, count: int = 100) -> PairMatch:
 
 
 def test_the_worst_does_not_tell_against_its_neighbours() -> None:
-    ring = "abcdefgh"
-    matches = [pair(a, b, 50.0 if "d" in (a, b) else 0.2) for a, b in zip(ring, ring[1:] + ring[0], strict=True)]
-    assert gone_astray(matches) == ["d"]
+    ring = "abcdefghijklm"
+    matches = [pair(a, b, 50.0 if {"d", "j"} & {a, b} else 0.2) for a, b in zip(ring, ring[1:] + ring[0], strict=True)]
+    assert gone_astray(matches) == ["d", "j"]
     assert gone_astray([dataclasses.replace(match, error=0.2) for match in matches]) == []
     assert gone_astray([dataclasses.replace(match, error=50.0) for match in matches]) == []  # all wrong: no single one
 
@@ -163,14 +172,15 @@ def test_matches_of_true_poses_lie_on_epipolar_lines() -> None:
 
 def test_duplicates_are_found_and_pairs_across_the_split_are_told(tmp_path: Path) -> None:
     root = some_garden(tmp_path / "scene")
-    shutil.copy(root / "images" / "002.jpg", root / "images" / "005.jpg")  # the same file
+    for repeated in ("005.jpg", "006.jpg"):
+        shutil.copy(root / "images" / "002.jpg", root / "images" / repeated)  # the same file
     cv2.imwrite(str(root / "images" / "007.jpg"), cv2.imread(str(root / "images" / "000.jpg")))  # saved once more
     check = inspected(root)
-    assert dict(check.rows)["duplicates"] == "005.jpg = 002.jpg, 007.jpg = 000.jpg"
+    assert dict(check.rows)["duplicates"] == "005.jpg = 002.jpg, 006.jpg = 002.jpg, 007.jpg = 000.jpg"
     assert [w for w in check.warnings if "looks the same as another" in w and "1 of a train and a test view" in w]
     data = load_scene(str(root))
     stats = image_stats(data.train + data.test, lambda n: None)[0]
-    assert [kind for _, _, kind in duplicates(stats)] == ["identical", "alike"]
+    assert [kind for _, _, kind in duplicates(stats)] == ["identical", "identical", "alike"]
 
 
 def test_images_without_a_camera_are_named(tmp_path: Path) -> None:
