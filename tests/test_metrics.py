@@ -80,6 +80,7 @@ def test_ssim_against_scipy() -> None:
     noise = torch.rand(truth.shape, generator=torch.Generator().manual_seed(1))
     spoilt = torch.where(left_half()[..., None], rgb, noise)
     assert ssim(spoilt, truth, left_half()) == pytest.approx(ssim(rgb, truth, left_half()), abs=1e-7)
+    assert math.isnan(ssim(rgb, truth, torch.zeros_like(left_half())))
 
 
 # Of the authors' own program: flip_evaluator.evaluate(waves[0], waves[1], "LDR", applyMagma=False) of flip-evaluator 1.7.

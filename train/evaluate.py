@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +13,10 @@ import torch
 from torch import Tensor
 
 from prismfield.datasets.views import Views
-from prismfield.render.ops.ssim import photometric_loss
 from prismfield.representations.base import Representation
 from prismfield.train.batches import make_batch
 from prismfield.train.folder import write_bytes
+from prismfield.train.metrics import psnr, ssim
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class ViewResult:
 
     name: str
     psnr: float
-    """Decibels, over the pixels that count."""
+    """Decibels, over the pixels that count; NaN, as `ssim`, if none does."""
     ssim: float
     seconds: float
     """Rendering alone."""
@@ -62,25 +63,18 @@ def evaluate_views(
         rgb = scene.render(batch.cameras.to(device), background=batch.background.to(device)).rgb.cpu().clamp(0, 1)
         seconds = time.perf_counter() - began
         truth = batch.rgb_float
-        ssim = float(photometric_loss(rgb, truth, 1.0, batch.mask)[2])
+        scores = psnr(rgb, truth, batch.mask), ssim(rgb, truth, batch.mask)
         mask = None if batch.mask is None else batch.mask[0]
         name = views.frame(index).name
-        yield ViewResult(name, psnr(rgb, truth, batch.mask), ssim, seconds, rgb[0], truth[0], mask)
+        yield ViewResult(name, *scores, seconds, rgb[0], truth[0], mask)
 
 
-def psnr(rgb: Tensor, truth: Tensor, mask: Tensor | None = None) -> float:
-    """Peak signal-to-noise ratio in decibels of images in 0..1 [..., 3], over the pixels of `mask` [...]."""
-    errors = (rgb - truth).square()
-    if mask is not None:
-        errors = errors[mask]
-    return float(-10 * errors.mean().clamp(min=1e-10).log10())
-
-
-def mean_scores(results: Collection[ViewResult]) -> dict[str, float]:
-    """Mean of each score over the views; empty if there are none."""
-    if not results:
+def mean_scores(results: Iterable[ViewResult]) -> dict[str, float]:
+    """Mean of each score over the views in which some pixel counts; empty if there are none."""
+    counted = [result for result in results if not math.isnan(result.psnr)]
+    if not counted:
         return {}
-    return {name: sum(getattr(r, name) for r in results) / len(results) for name in ("psnr", "ssim")}
+    return {name: sum(getattr(result, name) for result in counted) / len(counted) for name in ("psnr", "ssim")}
 
 
 def save_side_by_side(result: ViewResult, folder: Path) -> Path:

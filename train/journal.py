@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import socket
 import struct
@@ -35,7 +36,8 @@ class Journal:
         self._board = _Board.open(folder, step) if tensorboard else None
 
     def write(self, step: int, seconds: float, values: dict[str, float]) -> None:
-        """One line of numbers."""
+        """One line of numbers; NaN, which JSON does not know, is left out."""
+        values = {name: value for name, value in values.items() if not math.isnan(value)}
         self._file.write(json.dumps({"step": step, "seconds": round(seconds, 3)} | values) + "\n")
         self._file.flush()
         if self._board is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import signal
 import time
 from collections.abc import Iterator
@@ -21,6 +20,7 @@ from prismfield.train.clock import Clock
 from prismfield.train.config import TrainConfig
 from prismfield.train.evaluate import ViewResult, evaluate_views
 from prismfield.train.losses import loss_terms
+from prismfield.train.metrics import psnr
 from prismfield.train.progress import Progress
 from prismfield.train.session import Session
 
@@ -170,6 +170,5 @@ def evaluate_session(session: Session) -> list[ViewResult]:
 
 @torch.no_grad()
 def train_psnr(batch: Batch, rgb: Tensor) -> float:
-    """Decibels of a training step's image."""
-    errors = (rgb.clamp(0, 1) - batch.rgb_float).square()
-    return -10 * math.log10(max(1e-10, float((errors if batch.mask is None else errors[batch.mask]).mean())))
+    """Decibels of a training step's image; NaN if nothing in it counts."""
+    return psnr(rgb.clamp(0, 1), batch.rgb_float, batch.mask)

@@ -50,8 +50,11 @@ def ssim(rgb: Tensor, truth: Tensor, mask: Tensor | None = None) -> float:
     """Structural similarity, higher is better, by the convention of 3D Gaussian Splatting's evaluation.
 
     11x11 Gaussian window of sigma 1.5, zeros beyond the border, mean over all pixels and channels (`border="same"` of
-    `render.ops.ssim.ssim`). scikit-image and torchmetrics treat the border otherwise and come out up to 0.01 apart.
+    `render.ops.ssim.ssim`). scikit-image and torchmetrics treat the border otherwise and come out up to 0.01 apart. NaN if
+    no pixel counts.
     """
+    if mask is not None and not mask.any():
+        return math.nan
     with torch.no_grad():
         return float(ssim_op(rgb, truth, mask))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import sys
 import time
 from collections import deque
@@ -71,17 +72,17 @@ class Progress:
         self._journal.close()
 
     def watch(self, session: Session, terms: dict[str, float], psnr: float) -> None:
-        """Take note of a step's loss, term by term, and of the PSNR of its image."""
+        """Take note of a step's loss, term by term, and of the PSNR of its image, NaN if nothing in it counts."""
         clock, config = session.clock, session.config
         self._mark(clock.seconds, clock.step)
         # Images differ in how hard they are: the mean over the latest says more than the last.
-        before = self.latest.get("psnr", psnr)
+        before = self.latest.get("psnr", math.nan)
         self.latest |= {
             "step": clock.step,
             "seconds": clock.seconds,
             "progress": clock.progress,
             "loss": sum(terms.values()),
-            "psnr": before + 0.1 * (psnr - before),
+            "psnr": psnr if math.isnan(before) else before if math.isnan(psnr) else before + 0.1 * (psnr - before),
             "primitives": getattr(session.scene, "num_primitives", 0),
             "steps_per_second": self._speed(),
         }
@@ -95,9 +96,9 @@ class Progress:
 
     def tested(self, session: Session, results: list[ViewResult]) -> None:
         """Take note of what the test views say."""
-        if not results:
-            return
         step, scores = session.clock.step, mean_scores(results)
+        if not scores:
+            return
         self._journal.write(step, session.clock.seconds, {f"test/{name}": value for name, value in scores.items()})
         for result in results[:: max(1, len(results) // _PICTURES)][:_PICTURES]:
             self._journal.picture(step, f"test/{result.name}", torch.cat([result.rgb, result.truth], 1))
