@@ -122,7 +122,7 @@ def test_lens_distortion_counts(tmp_path: Path) -> None:
     """Stated for images that have none, it must show."""
     root = some_garden(tmp_path / "scene", 4)
     table = json.loads((root / "transforms.json").read_text())
-    (root / "transforms.json").write_text(json.dumps(table | {"k1": 0.2}))
+    (root / "transforms.json").write_text(json.dumps(table | {"k1": 0.5}))
     check = inspected(root, match=True)
     assert [text for text in check.warnings + check.errors if "px" in text and "poses" in text]
 
