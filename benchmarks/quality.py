@@ -29,7 +29,8 @@ TRAININGS = {
     "garden": "--scene garden",
     "lego": "--scene DATA/lego --steps 7000",
     "fox": "--scene DATA/fox --steps 7000",
-    "dtu_scan65": "--scene DATA/dtu_scan65 --downscale 2 --steps 7000 --data.cut-out --data.random-background",
+    "dtu_scan65": "--scene DATA/dtu_scan65 --downscale 2 --steps 7000 --max-primitives 60000"
+    " --data.cut-out --data.random-background",
     "bonsai": "--scene DATA/bonsai --steps 7000",
     "fox_40s": "--scene DATA/fox --minutes 0.6666",
     "fox_40s_random": "--scene DATA/fox --minutes 0.6666 --data.points random",
@@ -91,20 +92,21 @@ def draw(table: dict[str, Any]) -> None:
 
     figure, panels = pyplot.subplots(1, 2, figsize=(11, 4.2), sharex=True, layout="constrained")
     titles = {"fox": "fox, 270x480, 7 test views", "bonsai_half": "bonsai, 400x266, 37 test views"}
-    labels = {"_40s": "40 s budget", "_600s": "10 min budget"}
+    labels = {"_40s": "40 s budget", "_600s": "10 min budget", "": "7000 steps"}
     for panel, (scene, curve) in zip(panels, OPENSPLAT.items(), strict=True):
         for budget, label in labels.items():
             for points in ("", "_random"):
                 if (run := table.get(f"{scene}{budget}{points}")) is not None:
                     style = ":" if points else "-"
                     end = ", random points" if points else ""
-                    color = "tab:blue" if budget == "_600s" else "tab:green"
+                    color = {"_40s": "tab:green", "_600s": "tab:blue", "": "tab:cyan"}[budget]
                     panel.plot(*zip(*run["curve"], strict=True), style, color=color, label=f"Prismfield, {label}{end}")
         panel.plot(list(curve), list(curve.values()), "o-", color="tab:red", label="OpenSplat 1.1.5")
         panel.set(title=titles[scene], xlabel="seconds of training (2 CPU cores)", ylabel="test PSNR, dB")
         panel.set_xscale("log")
         panel.grid(alpha=0.3, which="both")
-        panel.legend(loc="lower right", fontsize=8)
+        panel.legend(loc="upper left", fontsize=8)
+        panel.set_ylim(top=panel.get_ylim()[1] + 2.5)
     figure.savefig(PLOT, dpi=110)
 
 
