@@ -16,12 +16,6 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # a shell's background job; the commands that tests start inherit it
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-
-
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder of real captures: `data` in $PRISMFIELD_SHARED, by default in `shared` beside the repository."""
