@@ -139,6 +139,16 @@ def test_readme_has_the_commands_that_ci_runs() -> None:
         assert "-c constraints.txt" in found[0]  # versions that nobody has tried
 
 
+def test_documents_link_to_files_that_exist() -> None:
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+    links = [
+        (page, link) for page in pages for link in re.findall(r"\]\(([^)#\s]+)[)#]", page.read_text(encoding="utf-8"))
+    ]
+    local = [(page, link) for page, link in links if "://" not in link]
+    assert len(local) > 10
+    assert not [f"{page.name}: {link}" for page, link in local if not (page.parent / link).exists()]
+
+
 def make_environment(folder: Path) -> Path:
     """The Python of a new virtual environment that sees the packages of this one, but not how prismfield is installed in it."""
     venv.create(folder, with_pip=False, symlinks=os.name != "nt")
