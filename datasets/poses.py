@@ -382,7 +382,11 @@ def _stage(out: Path, job: dict[str, Any], poll: Callable[[], None] = lambda: No
     with (out / "colmap.log").open("ab") as log:
         start = log.tell()
         with subprocess.Popen(
-            [sys.executable, "-P", str(worker), json.dumps(job)], stdout=subprocess.PIPE, stderr=log, text=True
+            [sys.executable, "-P", str(worker), json.dumps(job)],
+            stdin=subprocess.PIPE,  # its end tells the worker that this process is gone
+            stdout=subprocess.PIPE,
+            stderr=log,
+            text=True,
         ) as process:
             assert process.stdout is not None
             try:
@@ -401,7 +405,8 @@ def _stage(out: Path, job: dict[str, Any], poll: Callable[[], None] = lambda: No
             f"killed by signal {-code} (out of memory?)" if code < 0 else (words[-1] if words else f"exit code {code}")
         )
         raise ValueError(
-            f"{out}: COLMAP stopped at the stage {job['stage']!r}: {reason}; details in {out / 'colmap.log'}, the same command goes on"
+            f"{out}: COLMAP stopped at the stage {job['stage']!r}: {reason}; details in {out / 'colmap.log'}. "
+            "The same command goes on; should it stop there again, add --overwrite to start anew"
         )
 
 

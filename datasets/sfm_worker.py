@@ -2,15 +2,17 @@
 
 It runs apart from the command that shows its progress: pycolmap's zlib and Pillow's crash each other in one process,
 Ctrl-C must stop it at once, and a crash in native code must end in a message. Nothing but numpy is imported here.
-Prints one JSON object a line; what COLMAP says goes to stderr.
+Prints one JSON object a line; what COLMAP says goes to stderr. Ends when its standard input does, so with its parent.
 """
 
 from __future__ import annotations
 
 import itertools
 import json
+import os
 import shutil
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -167,7 +169,19 @@ def _describe(model: Any) -> dict[str, Any]:
     }
 
 
+def end_with_parent() -> None:
+    """Stop at once when the parent is gone, even killed: a stage may take hours, and the next run uses the same database."""
+
+    def watch() -> None:
+        while os.read(0, 1):  # not sys.stdin: a thread that waits in it makes Python's own exit fail
+            pass
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 if __name__ == "__main__":
+    end_with_parent()
     pycolmap.logging.minloglevel = pycolmap.logging.WARNING.value
     task = json.loads(sys.argv[1])
     {"extract": extract, "match": match, "map": reconstruct}[task["stage"]](task)
