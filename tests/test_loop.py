@@ -82,7 +82,7 @@ def test_rarely_updated_parameters_wait_for_their_turn() -> None:
 @pytest.mark.parametrize(
     ("schedule", "size", "factors"),
     [
-        (ScheduleConfig(), (480, 320), {0: 4, 4: 4, 5: 2, 14: 2, 15: 1, 99: 1}),
+        (ScheduleConfig(), (480, 256), {0: 4, 4: 4, 5: 2, 14: 2, 15: 1, 99: 1}),
         (ScheduleConfig(), (480, 200), {0: 2, 5: 2, 15: 1}),  # a quarter would have fewer than 64 rows
         (ScheduleConfig(min_side=300), (480, 320), {0: 1}),
         (ScheduleConfig(resolution=()), (480, 320), {0: 1}),
