@@ -44,9 +44,10 @@ class PosesConfig:
     fps: float | None = None
     """Video: frames a second to take, instead of --frames."""
     camera_model: Literal[
-        "SIMPLE_RADIAL", "OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "RADIAL", "OPENCV_FISHEYE", "FULL_OPENCV"
-    ] = "OPENCV"
-    """COLMAP camera model to fit; SIMPLE_RADIAL for few images, OPENCV_FISHEYE for very wide lenses."""
+        "auto", "SIMPLE_RADIAL", "OPENCV", "PINHOLE", "SIMPLE_PINHOLE", "RADIAL", "OPENCV_FISHEYE", "FULL_OPENCV"
+    ] = "auto"
+    """COLMAP camera model to fit; OPENCV_FISHEYE for very wide lenses. auto: SIMPLE_RADIAL, refined to OPENCV at the end
+    for cameras of 15 images or more."""
     single_camera: bool | None = None
     """One lens and zoom for all images. Default: for each group of images of equal size and EXIF camera and focal length."""
     matching: Literal["auto", "exhaustive", "similar", "sequential"] = "auto"
@@ -67,6 +68,8 @@ class Project:
     settings: dict[str, Any]
     images: list[str] = field(default_factory=list)
     """Names under `images/`; empty until all are there."""
+    photos: list[str] = field(default_factory=list)
+    """The photographs these were made of, by their names in the source folder; none for a video."""
     groups: list[list[str]] = field(default_factory=list)
     """Images that share a camera."""
     blurred: list[str] = field(default_factory=list)
@@ -138,6 +141,17 @@ def _is_photo(path: Path) -> bool:
     return path.suffix.lower() in EXTENSIONS and not path.name.startswith(".") and path.is_file()
 
 
+def _files(source: Path, folder: Path) -> list[Path]:
+    """Everything under the source but what this program put into `folder`, the project's images."""
+    in_place = source.resolve() == folder.resolve()
+    return [path for path in source.rglob("*") if in_place or not path.resolve().is_relative_to(folder.resolve())]
+
+
+def _find_photos(source: Path, folder: Path) -> list[Path]:
+    """The photographs of a source folder, in the order of their names."""
+    return sorted(path for path in _files(source, folder) if _is_photo(path))
+
+
 def _open_project(out: Path, config: PosesConfig, source: Path, is_video: bool) -> Project:
     """The state an earlier run left in `out`, or a new one.
 
@@ -163,6 +177,15 @@ def _open_project(out: Path, config: PosesConfig, source: Path, is_video: bool) 
         if changed:
             raise ValueError(
                 f"{out}: an earlier run used another {', '.join(changed)}; add --overwrite to start anew, or name another --out"
+            )
+        photos = (
+            [] if is_video else [path.relative_to(source).as_posix() for path in _find_photos(source, out / "images")]
+        )
+        if photos != earlier.photos:
+            new, gone = len(set(photos) - set(earlier.photos)), len(set(earlier.photos) - set(photos))
+            raise ValueError(
+                f"{source}: {new} photographs are new and {gone} gone since an earlier run; add --overwrite to start anew, "
+                "or name another --out"
             )
         if earlier.models is not None and not (out / "sparse" / "0").is_dir():
             earlier.models = None
@@ -206,6 +229,7 @@ def _prepare_images(
         project.groups = [project.images]
     else:
         values = _link_photos(source, folder, progress)
+        project.photos = [path.relative_to(source).as_posix() for path in _find_photos(source, folder)]
         project.images = sorted(values)
         project.blurred = blurred(values)
         project.groups = _camera_groups(folder, project.images, config.single_camera)
@@ -222,10 +246,10 @@ def _link_photos(source: Path, folder: Path, progress: Progress) -> dict[str, fl
     from prismfield.datasets.sharpness import grey, sharpness
 
     in_place = source.resolve() == folder.resolve()
-    outside = [path for path in source.rglob("*") if in_place or not path.resolve().is_relative_to(folder.resolve())]
-    paths = sorted(path for path in outside if _is_photo(path))
+    paths = _find_photos(source, folder)
     readable_stems = {path.with_suffix("") for path in paths}  # cameras write raw files beside the JPEG
-    foreign = sum(path.suffix.lower() in _FOREIGN and path.with_suffix("") not in readable_stems for path in outside)
+    others = [path for path in _files(source, folder) if path.suffix.lower() in _FOREIGN]
+    foreign = sum(path.with_suffix("") not in readable_stems for path in others)
     convert = f"{foreign} HEIC, AVIF or raw files in {source} cannot be read: convert them to JPEG" if foreign else ""
     if len(paths) < 3:
         raise ValueError(
@@ -329,7 +353,8 @@ def _reconstruct(project: Project, out: Path, progress: Progress) -> None:
     job = {"database": str(database), "images": str(out / "images"), "sparse": str(out / "sparse")}
     if not project.matched:
         task = progress.add_task("Features", total=count)
-        wanted = {key: settings[key] for key in ("camera_model", "max_image_size", "max_features")}
+        wanted = {key: settings[key] for key in ("max_image_size", "max_features")}
+        wanted["camera_model"] = "SIMPLE_RADIAL" if settings["camera_model"] == "auto" else settings["camera_model"]
         for _ in _stage(
             out,
             job | wanted | {"stage": "extract", "groups": project.groups},
@@ -349,7 +374,7 @@ def _reconstruct(project: Project, out: Path, progress: Progress) -> None:
         _save(project, out)
     task = progress.add_task("Cameras", total=count)
     models: list[dict[str, Any]] = []
-    for message in _stage(out, job | {"stage": "map"}):
+    for message in _stage(out, job | {"stage": "map", "refine": settings["camera_model"] == "auto"}):
         models = message.get("models", models)
         progress.update(task, completed=message.get("registered", 0))
     progress.update(task, completed=len(models[0]["images"]) if models else 0)
@@ -461,13 +486,16 @@ def _doubts(project: Project, models: list[dict[str, Any]]) -> list[str]:
     if len(best["images"]) < count / 2:
         doubts.append(
             "less than half of the images have a pose. What helps: images that share two thirds with the next, taken while walking around "
-            "rather than turning on the spot; sharp ones with texture (no glass, bare walls, sky); --matching exhaustive; "
-            "for few images --camera-model SIMPLE_RADIAL"
+            "rather than turning on the spot; sharp ones with texture (no glass, bare walls, sky); --matching exhaustive"
         )
     if len(models) > 1:
         sizes = ", ".join(str(len(model["images"])) for model in models)
         doubts.append(
-            f"the images fell into {len(models)} groups without a link ({sizes} images); the first is used. Images in between would join them"
+            f"the images fell into {len(models)} groups without a firm link ({sizes} images); the first is used. Images in between would join them"
+        )
+    if any(_stretched(camera) for camera in best["cameras"]):
+        doubts.append(
+            "the two focal lengths found differ by more than 5 %, which real lenses do not show: leave --camera-model at auto"
         )
     if best["error"] > 1.5:
         doubts.append(
@@ -480,5 +508,13 @@ def _doubts(project: Project, models: list[dict[str, Any]]) -> list[str]:
     return doubts
 
 
+def _stretched(camera: dict[str, Any]) -> bool:
+    """Whether a camera of a model with two focal lengths has them far apart."""
+    if camera["model"] not in ("PINHOLE", "OPENCV", "OPENCV_FISHEYE", "FULL_OPENCV"):
+        return False
+    fx, fy = camera["params"][:2]
+    return bool(max(fx / fy, fy / fx) > 1.05)
+
+
 def _some(names: list[str]) -> str:
-    return f"{len(names)} images ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+    return f"{len(names)} image{'s' if len(names) != 1 else ''} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"

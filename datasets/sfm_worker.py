@@ -7,6 +7,7 @@ Prints one JSON object a line; what COLMAP says goes to stderr. Ends when its st
 
 from __future__ import annotations
 
+import collections
 import itertools
 import json
 import os
@@ -23,6 +24,8 @@ from numpy.typing import NDArray
 _NEIGHBOURS = 10  # matched on either side of a frame of a video
 _LOOPS = 10  # most similar frames of a video, beyond its neighbours
 _SIMILAR = 30  # most similar photographs matched with each
+_REFINED_FROM = 15  # images of one camera, from which its lens may have two focal lengths and four distortions
+_SQUARE = 0.02  # how far these focal lengths may differ, relatively: pixels are square
 _PREVIEW_FEATURES = 256  # of each image, the largest, by which similarity is judged
 
 
@@ -141,6 +144,8 @@ def reconstruct(job: dict[str, Any]) -> None:
     shutil.rmtree(work, ignore_errors=True)
     reports = []
     for index, model in enumerate(found):
+        if job["refine"] and index == 0:
+            model = refined(model)
         folder = work / str(index)
         folder.mkdir(parents=True)
         model.write(folder)
@@ -149,6 +154,31 @@ def reconstruct(job: dict[str, Any]) -> None:
         shutil.rmtree(sparse, ignore_errors=True)
         work.rename(sparse)
     say(models=reports)
+
+
+def refined(model: Any) -> Any:
+    """The reconstruction with an OPENCV lens for each camera that took enough of its images, everything adjusted once more.
+
+    Mapping with this lens from the start goes wrong where images share little: two focal lengths and four distortions
+    make up for wrong poses. Here they start from poses that one focal length and one distortion explained. The model comes
+    back as it was if the lens would not be a real one, or explains no more.
+    """
+    trial = pycolmap.Reconstruction(model)
+    counts = collections.Counter(trial.image(image_id).camera_id for image_id in trial.reg_image_ids())
+    changed = [camera for camera in trial.cameras.values() if counts[camera.camera_id] >= _REFINED_FROM]
+    for camera in changed:
+        f, cx, cy, k = camera.params
+        camera.model = pycolmap.CameraModelId.OPENCV
+        camera.params = [f, f, cx, cy, k, 0.0, 0.0, 0.0]
+    if not changed:
+        return model
+    options = pycolmap.BundleAdjustmentOptions()
+    options.print_summary = False
+    pycolmap.bundle_adjustment(trial, options)
+    trial.update_point_3d_errors()
+    square = all(abs(camera.params[0] / camera.params[1] - 1) < _SQUARE for camera in changed)
+    better = trial.compute_mean_reprojection_error() < model.compute_mean_reprojection_error()
+    return trial if square and better else model
 
 
 def _describe(model: Any) -> dict[str, Any]:

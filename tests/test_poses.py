@@ -22,7 +22,7 @@ from .tiny_captures import write_image
 
 pycolmap = pytest.importorskip("pycolmap")
 GARDEN = Path(__file__).resolve().parents[1] / "datasets" / "garden"
-COUNT = 10  # neighbours on the bundled scene's outer ring, 13 degrees apart
+COUNT = 16  # neighbours on the bundled scene's outer ring, 13 degrees apart
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +42,7 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def project(photos: Path) -> Path:
     """What the command makes of them, where the photographs' folder is the working folder's child."""
-    words = ["--max-features", "2000", "--out", "scene"]
+    words = ["--max-features", "1500", "--out", "scene"]
     done = command("datasets.cli", "poses", "photos", *words, cwd=photos.parent)
     assert done.returncode == 0, done.stderr
     assert f"{COUNT} of {COUNT} images" in done.stdout
@@ -81,6 +81,15 @@ def test_cameras_come_out_where_they_were(project: Path) -> None:
     assert data.points is not None and len(data.points) > 300
 
 
+def test_the_lens_comes_out_as_it_was(project: Path) -> None:
+    """Refined from one focal length and one distortion to two and four; the true one has 412 px, and no distortion."""
+    (camera,) = json.loads((project / "poses.json").read_text())["models"][0]["cameras"]
+    assert camera["model"] == "OPENCV"
+    assert camera["params"][:2] == pytest.approx([412, 412], rel=0.02)
+    assert camera["params"][0] != camera["params"][1]
+    assert np.abs(camera["params"][4:]).max() < 0.05
+
+
 def test_a_photograph_on_its_side_is_turned_upright(photos: Path, project: Path) -> None:
     upright, true = (cv2.imread(str(root / "images" / "004.jpg")) for root in (project, GARDEN))
     assert upright.shape == true.shape
@@ -93,7 +102,7 @@ def test_a_photograph_on_its_side_is_turned_upright(photos: Path, project: Path)
 def test_the_same_command_goes_on_and_another_is_refused(photos: Path, project: Path) -> None:
     model = (project / "sparse" / "0" / "images.bin").stat().st_mtime_ns
     words = ["poses", photos, "--out", project]
-    again = command("datasets.cli", *words, "--max-features", 2000)
+    again = command("datasets.cli", *words, "--max-features", 1500)
     assert again.returncode == 0 and f"{COUNT} of {COUNT} images" in again.stdout
     assert (project / "sparse" / "0" / "images.bin").stat().st_mtime_ns == model
     line = refused("datasets.cli", *words, "--max-features", 3000)
@@ -178,6 +187,9 @@ def test_the_report_is_plain_about_few_images(capsys: pytest.CaptureFixture[str]
     assert doubts[0] == "not registered: 6 images (04.jpg, 05.jpg, 06.jpg, ...)"
     assert doubts[1].startswith("less than half of the images have a pose. What helps: ")
     assert "2.0 px is high" in doubts[2] and "more overlap" in doubts[3] and "07.jpg" in doubts[4]
+    wide = {"model": "OPENCV", "params": [652.0, 594.0, 400, 266, 0, 0, 0, 0], "width": 800, "height": 533}
+    odd = model | {"images": names, "cameras": [wide], "error": 0.9, "track": 5.0}
+    assert "differ by more than 5 %" in module._doubts(Project({}, images=names), [odd])[0]
     good = {"points": 900, "error": 0.4, "track": 5.0, "cameras": [], "images": names}
     assert module._doubts(Project({}, images=names), [good]) == []
     assert "fell into 2 groups" in module._doubts(Project({}, images=names), [good, good])[0]
