@@ -12,11 +12,13 @@ import subprocess
 import sys
 import time
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
 import imageio.v2 as imageio
 import pytest
+from rich.progress import Progress
 
 from prismfield.datasets import poses as module
 from prismfield.datasets.scenes import load_scene
@@ -100,6 +102,26 @@ def test_a_damaged_database_is_named_and_how_to_start_anew(stopped: Path, copy: 
     )
     earlier = module._load_project(copy / "poses.json")
     assert earlier is not None and earlier.images  # nothing is lost
+
+
+def test_photographs_that_came_or_went_are_not_passed_over(tmp_path: Path) -> None:
+    """The same command would go on with the earlier ones, and its report say nothing of the new."""
+    photos = shutil.copytree(GARDEN / "images", tmp_path / "photos", ignore=shutil.ignore_patterns("0[1-9]?.jpg"))
+    names = sorted(path.name for path in photos.iterdir())
+    config = module.PosesConfig(photos, out=tmp_path / "scene")
+    with Progress(disable=True) as progress:
+        project = module._open_project(tmp_path / "scene", config, photos, False)
+        module._prepare_images(project, tmp_path / "scene", photos, False, config, progress)
+    assert module._open_project(tmp_path / "scene", config, photos, False).images == names
+    (photos / names[0]).rename(photos / "second.jpg")
+    shutil.copy(photos / names[1], photos / "third.jpg")
+    line = refused("datasets.cli", "poses", photos, "--out", tmp_path / "scene")
+    assert line == (
+        f"error: {photos}: 2 photographs are new and 1 gone since an earlier run; "
+        "add --overwrite to start anew, or name another --out"
+    )
+    anew = module._open_project(tmp_path / "scene", replace(config, overwrite=True), photos, False)
+    assert anew.images == [] and not (tmp_path / "scene" / "images").exists()
 
 
 def worker_of(process: subprocess.Popen[str]) -> int:
