@@ -14,37 +14,6 @@ namespace {
 
 constexpr int64_t kGrainFloats = 16384;
 
-// The first `count` floats at p, zeros behind; and their counterpart.
-#if defined(__AVX2__) && !defined(__AVX512F__)
-PF_INLINE __m256i first_lanes(int count) {
-  return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
-}
-#endif
-PF_INLINE vf load_some(const float *p, int count) {
-#if defined(__AVX512F__)
-  return (vf)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1u), p);
-#elif defined(__AVX2__)
-  return (vf)_mm256_maskload_ps(p, first_lanes(count));
-#else
-  if (count == W) return load(p);
-  float lanes[W] = {};
-  for (int i = 0; i < count; i++) lanes[i] = p[i];
-  return load(lanes);
-#endif
-}
-PF_INLINE void store_some(float *p, vf v, int count) {
-#if defined(__AVX512F__)
-  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1u), (__m512)v);
-#elif defined(__AVX2__)
-  _mm256_maskstore_ps(p, first_lanes(count), (__m256)v);
-#else
-  if (count == W) return store(p, v);
-  float lanes[W];
-  store(lanes, v);
-  for (int i = 0; i < count; i++) p[i] = lanes[i];
-#endif
-}
-
 struct Adam {
   float *param, *mean, *square;
   const float *grad;

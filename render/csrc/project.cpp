@@ -3,6 +3,7 @@
 #include <vector>
 #include "arrays.h"
 #include "bindings.h"
+#include "columns.h"
 #include "parallel.h"
 #include "projection.h"
 
@@ -20,20 +21,14 @@ struct Inputs {
 
   Camera camera(int c) const { return Camera(viewmats + 16 * c, Ks + 9 * c, width, height); }
 
-  // W Gaussians from `first` on; beyond the end the last one is repeated.
+  int filled(int64_t first) const { return static_cast<int>(std::min<int64_t>(W, count - first)); }
+  // W Gaussians from `first` on; those beyond the end are zero.
   PF_INLINE Gaussian3D<vf> load_block(int64_t first) const {
-    alignas(64) float lanes[11][W];
-    for (int lane = 0; lane < W; lane++) {
-      const int64_t i = std::min(first + lane, count - 1);
-      for (int d = 0; d < 3; d++) lanes[d][lane] = means[3 * i + d];
-      for (int d = 0; d < 4; d++) lanes[3 + d][lane] = quats[4 * i + d];
-      for (int d = 0; d < 3; d++) lanes[7 + d][lane] = scales[3 * i + d];
-      lanes[10][lane] = opacities[i];
-    }
     Gaussian3D<vf> g;
-    for (int d = 0; d < 3; d++) g.mean[d] = load(lanes[d]), g.scale[d] = load(lanes[7 + d]);
-    for (int d = 0; d < 4; d++) g.quat[d] = load(lanes[3 + d]);
-    g.opacity = load(lanes[10]);
+    load_columns<3>(means + 3 * first, filled(first), g.mean);
+    load_columns<4>(quats + 4 * first, filled(first), g.quat);
+    load_columns<3>(scales + 3 * first, filled(first), g.scale);
+    g.opacity = load_some(opacities + first, filled(first));
     return g;
   }
 };
@@ -65,16 +60,13 @@ void forward_block(const Inputs &in, const Camera &cam, int64_t first, float *pa
   // Comparisons are phrased so that NaN fails them; an infinite variance fails the last.
   const vm finite = both(lt(p.var_x + p.var_y, broadcast(1e18f)), lt(abs(x) + abs(y), broadcast(1e18f)));
   const vm drawn = both(both(solid, finite), both(on_screen_x, on_screen_y));
-  const vf fields[9] = {x,    y,        p.var_y * inv_det, -p.covar * inv_det, p.var_x * inv_det, log_opacity,
-                        p.pz, radius_x, radius_y};
-  alignas(64) float lanes[9][W];
-  for (int k = 0; k < 9; k++) store(lanes[k], keep(drawn, fields[k]));
-  const int filled = static_cast<int>(std::min<int64_t>(W, in.count - first));
-  for (int lane = 0; lane < filled; lane++) {
-    for (int k = 0; k < kParams; k++) params[(first + lane) * kParams + k] = lanes[k][lane];
-    depths[first + lane] = lanes[6][lane];
-    radii[2 * (first + lane)] = lanes[7][lane], radii[2 * (first + lane) + 1] = lanes[8][lane];
-  }
+  vf screen[kParams] = {x, y, p.var_y * inv_det, -p.covar * inv_det, p.var_x * inv_det, log_opacity};
+  for (vf &field : screen) field = keep(drawn, field);
+  const vf radius[2] = {keep(drawn, radius_x), keep(drawn, radius_y)};
+  const int filled = in.filled(first);
+  store_columns<kParams>(params + kParams * first, filled, screen);
+  store_columns<2>(radii + 2 * first, filled, radius);
+  store_some(depths + first, keep(drawn, p.pz), filled);
 }
 
 void project_forward(Floats means, Floats quats, Floats scales, Floats opacities, Floats viewmats, Floats Ks, int width,
@@ -92,54 +84,30 @@ void project_forward(Floats means, Floats quats, Floats scales, Floats opacities
   }
 }
 
-struct Gradients {
-  float *means, *quats, *scales, *opacities;
-  void zero(int64_t i) const {
-    std::fill(means + 3 * i, means + 3 * i + 3, 0.f);
-    std::fill(quats + 4 * i, quats + 4 * i + 4, 0.f);
-    std::fill(scales + 3 * i, scales + 3 * i + 3, 0.f);
-    opacities[i] = 0.f;
-  }
-};
-
 struct Upstream {
   const float *radii, *v_params, *v_depths;
 };
 
-// Adds the gradients of one block; `v_view` [12][W] collects the camera's.
-void backward_block(const Inputs &in, const Camera &cam, int64_t first, const Upstream &up, const Gradients &out,
-                    vf *v_view) {
-  const int filled = static_cast<int>(std::min<int64_t>(W, in.count - first));
-  alignas(64) float lanes[11][W] = {}, drawn[W] = {};
-  bool any_drawn = false;
-  for (int lane = 0; lane < filled; lane++) {
-    const int64_t i = first + lane;
-    if (!(up.radii[2 * i] > 0.f)) continue;
-    any_drawn = true, drawn[lane] = 1.f;
-    for (int k = 0; k < kParams; k++) lanes[k][lane] = up.v_params[kParams * i + k];
-    lanes[6][lane] = up.v_depths[i];
-  }
-  if (!any_drawn) return;
-  vf v_params[kParams];
-  for (int k = 0; k < kParams; k++) v_params[k] = load(lanes[k]);
-  const Gaussian3D<vf> g = in.load_block(first);
+// Adds to `sum` what the block of Gaussians `g` gets from one camera; `v_view` [12], if wanted, collects the camera's.
+PF_INLINE void backward_block(const Inputs &in, const Camera &cam, const Gaussian3D<vf> &g, int64_t first,
+                              const Upstream &up, Gaussian3D<vf> &sum, vf *v_view) {
+  const int filled = in.filled(first);
+  vf radius[2], v_params[kParams], v_block[12];
+  load_columns<2>(up.radii + 2 * first, filled, radius);
+  const vm drawn = lt(vf{}, radius[0]);
+  if (!any(drawn)) return;
+  load_columns<kParams>(up.v_params + kParams * first, filled, v_params);
+  for (vf &v : v_params) v = keep(drawn, v);
   Projection<vf> p;
   p.forward(cam, g, in.antialiased);
   Gaussian3D<vf> v;
-  vf v_block[12];
-  p.backward(cam, g, in.antialiased, v_params, load(lanes[6]), v, v_view ? v_block : nullptr);
-  const vm counts = lt(vf{}, load(drawn));
+  p.backward(cam, g, in.antialiased, v_params, keep(drawn, load_some(up.v_depths + first, filled)), v,
+             v_view ? v_block : nullptr);
   if (v_view)
-    for (int k = 0; k < 12; k++) v_view[k] += keep(counts, v_block[k]);
-  const vf fields[11] = {v.mean[0], v.mean[1],  v.mean[2],  v.quat[0],  v.quat[1], v.quat[2],
-                         v.quat[3], v.scale[0], v.scale[1], v.scale[2], v.opacity};
-  for (int k = 0; k < 11; k++) store(lanes[k], keep(counts, fields[k]));
-  for (int lane = 0; lane < filled; lane++) {
-    const int64_t i = first + lane;
-    for (int d = 0; d < 3; d++) out.means[3 * i + d] += lanes[d][lane], out.scales[3 * i + d] += lanes[7 + d][lane];
-    for (int d = 0; d < 4; d++) out.quats[4 * i + d] += lanes[3 + d][lane];
-    out.opacities[i] += lanes[10][lane];
-  }
+    for (int k = 0; k < 12; k++) v_view[k] += keep(drawn, v_block[k]);
+  for (int k = 0; k < 3; k++) sum.mean[k] += keep(drawn, v.mean[k]), sum.scale[k] += keep(drawn, v.scale[k]);
+  for (int k = 0; k < 4; k++) sum.quat[k] += keep(drawn, v.quat[k]);
+  sum.opacity += keep(drawn, v.opacity);
 }
 
 void project_backward(Floats means, Floats quats, Floats scales, Floats opacities, Floats viewmats, Floats Ks,
@@ -148,25 +116,34 @@ void project_backward(Floats means, Floats quats, Floats scales, Floats opacitie
                       Floats v_viewmats) {
   const Inputs in = make_inputs(means, quats, scales, opacities, viewmats, Ks, width, height, antialiased);
   const Upstream all{radii.data(), v_params.data(), v_depths.data()};
-  const Gradients out{v_means.data(), v_quats.data(), v_scales.data(), v_opacities.data()};
-  float *v_cameras = v_viewmats.data();
+  float *out_means = v_means.data(), *out_quats = v_quats.data(), *out_scales = v_scales.data();
+  float *out_opacities = v_opacities.data(), *v_cameras = v_viewmats.data();
   nb::gil_scoped_release unlocked;
+  std::vector<Camera> cameras;
+  std::vector<Upstream> upstream;
+  for (int c = 0; c < in.cameras; c++) {
+    const int64_t base = c * in.count;
+    cameras.push_back(in.camera(c));
+    upstream.push_back({all.radii + 2 * base, all.v_params + kParams * base, all.v_depths + base});
+  }
   const int64_t chunks = (in.count + kGrain - 1) / kGrain;
   std::vector<float> partial(camera_gradient ? chunks * in.cameras * 12 : 0, 0.f);
   parallel_for(chunks, 1, [&](int64_t chunk, int64_t last) {
     for (; chunk < last; chunk++) {
       const int64_t begin = chunk * kGrain, end = std::min(begin + kGrain, in.count);
-      for (int64_t i = begin; i < end; i++) out.zero(i);
-      for (int c = 0; c < in.cameras; c++) {
-        const int64_t base = c * in.count;
-        const Upstream up{all.radii + 2 * base, all.v_params + kParams * base, all.v_depths + base};
-        const Camera cam = in.camera(c);
-        vf v_view[12] = {};
-        for (int64_t first = begin; first < end; first += W)
-          backward_block(in, cam, first, up, out, camera_gradient ? v_view : nullptr);
-        if (camera_gradient)
-          for (int k = 0; k < 12; k++) partial[(chunk * in.cameras + c) * 12 + k] = sum(v_view[k]);
+      std::vector<vf> v_views(camera_gradient ? in.cameras * 12 : 0, vf{});
+      for (int64_t first = begin; first < end; first += W) {
+        const Gaussian3D<vf> g = in.load_block(first);
+        Gaussian3D<vf> v{};
+        for (int c = 0; c < in.cameras; c++)
+          backward_block(in, cameras[c], g, first, upstream[c], v, camera_gradient ? &v_views[12 * c] : nullptr);
+        const int filled = in.filled(first);
+        store_columns<3>(out_means + 3 * first, filled, v.mean);
+        store_columns<4>(out_quats + 4 * first, filled, v.quat);
+        store_columns<3>(out_scales + 3 * first, filled, v.scale);
+        store_some(out_opacities + first, v.opacity, filled);
       }
+      for (size_t k = 0; k < v_views.size(); k++) partial[chunk * in.cameras * 12 + k] = sum(v_views[k]);
     }
   });
   for (int64_t i = 0; i < static_cast<int64_t>(partial.size()); i++)  // in a fixed order: the same sum every time

@@ -5,11 +5,18 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #if defined(__AVX2__)
 #include <immintrin.h>
 #endif
 
 #define PF_INLINE inline __attribute__((always_inline))
+// Lanes of the vectors a (0 .. W - 1) and b (W .. 2 W - 1); `lane` is an expression of the parameter pack Lane.
+#if defined(__clang__)
+#define PF_SHUFFLE(a, b, lane) __builtin_shufflevector(a, b, (lane)...)
+#else
+#define PF_SHUFFLE(a, b, lane) __builtin_shuffle(a, b, vi{(lane)...})
+#endif
 
 namespace pf {
 
@@ -94,6 +101,70 @@ PF_INLINE vf sqrt(vf a) {
 PF_INLINE vf reciprocal(vf a) { return 1.f / a; }
 PF_INLINE vi truncate(vf a) { return __builtin_convertvector(a, vi); }
 #endif
+
+// The first `count` floats at p, zeros behind; and their counterpart.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+PF_INLINE __m256i first_lanes(int count) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(count), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+#endif
+PF_INLINE vf load_some(const float *p, int count) {
+#if defined(__AVX512F__)
+  return (vf)_mm512_maskz_loadu_ps(static_cast<__mmask16>((1u << count) - 1u), p);
+#elif defined(__AVX2__)
+  return (vf)_mm256_maskload_ps(p, first_lanes(count));
+#else
+  if (count == W) return load(p);
+  float lanes[W] = {};
+  for (int i = 0; i < count; i++) lanes[i] = p[i];
+  return load(lanes);
+#endif
+}
+PF_INLINE void store_some(float *p, vf v, int count) {
+#if defined(__AVX512F__)
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1u << count) - 1u), (__m512)v);
+#elif defined(__AVX2__)
+  _mm256_maskstore_ps(p, first_lanes(count), (__m256)v);
+#else
+  if (count == W) return store(p, v);
+  float lanes[W];
+  store(lanes, v);
+  for (int i = 0; i < count; i++) p[i] = lanes[i];
+#endif
+}
+
+// The lanes of a mask, one bit each.
+PF_INLINE uint32_t lane_bits(vm m) {
+#if defined(__AVX512F__)
+  return m;
+#elif defined(__AVX2__)
+  return static_cast<uint32_t>(_mm256_movemask_ps(m));
+#else
+  uint32_t bits = 0;
+  for (int lane = 0; lane < W; lane++) bits |= static_cast<uint32_t>(m[lane] != 0) << lane;
+  return bits;
+#endif
+}
+
+// Swaps the off-diagonal blocks of Half lanes in each pair of vectors that lie Half apart.
+template <int Half, int... Lane>
+PF_INLINE void swap_blocks(vf *rows, std::integer_sequence<int, Lane...>) {
+  for (int i = 0; i < W; i++) {
+    if (i & Half) continue;
+    const vf a = rows[i], b = rows[i + Half];
+    rows[i] = PF_SHUFFLE(a, b, Lane & Half ? W + Lane - Half : Lane);
+    rows[i + Half] = PF_SHUFFLE(a, b, Lane & Half ? W + Lane : Lane + Half);
+  }
+}
+
+// A square of W vectors, in place.
+PF_INLINE void transpose(vf *rows) {
+  constexpr auto lanes = std::make_integer_sequence<int, W>{};
+  if constexpr (W > 8) swap_blocks<8>(rows, lanes);
+  if constexpr (W > 4) swap_blocks<4>(rows, lanes);
+  swap_blocks<2>(rows, lanes);
+  swap_blocks<1>(rows, lanes);
+}
 
 PF_INLINE vf to_float(vi a) { return __builtin_convertvector(a, vf); }
 PF_INLINE vm ge(vf a, vf b) { return le(b, a); }
