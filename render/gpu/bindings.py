@@ -1,0 +1,3 @@
+"""The Triton kernels under the names that the compiled ones have (`csrc/bindings.cpp`): nothing but the table."""
+
+from prismfield.render.gpu.adam import adam_step as adam_step
