@@ -1,3 +1,5 @@
 """The Triton kernels under the names that the compiled ones have (`csrc/bindings.cpp`): nothing but the table."""
 
 from prismfield.render.gpu.adam import adam_step as adam_step
+from prismfield.render.gpu.sh import sh_backward as sh_backward
+from prismfield.render.gpu.sh import sh_forward as sh_forward
