@@ -1,5 +1,7 @@
 """The Triton kernels under the names that the compiled ones have (`csrc/bindings.cpp`): nothing but the table."""
 
 from prismfield.render.gpu.adam import adam_step as adam_step
+from prismfield.render.gpu.project import project_backward as project_backward
+from prismfield.render.gpu.project import project_forward as project_forward
 from prismfield.render.gpu.sh import sh_backward as sh_backward
 from prismfield.render.gpu.sh import sh_forward as sh_forward

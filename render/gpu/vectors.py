@@ -75,3 +75,24 @@ def load_pose(viewmats, camera):
         (tl.load(V + 8), tl.load(V + 9), tl.load(V + 10)),
     )
     return rotation, (tl.load(V + 3), tl.load(V + 7), tl.load(V + 11))
+
+
+@triton.jit
+def times(a, b):
+    """Element by element."""
+    return a[0] * b[0], a[1] * b[1], a[2] * b[2]
+
+
+@triton.jit
+def transposed(matrix):
+    return (
+        (matrix[0][0], matrix[1][0], matrix[2][0]),
+        (matrix[0][1], matrix[1][1], matrix[2][1]),
+        (matrix[0][2], matrix[1][2], matrix[2][2]),
+    )
+
+
+@triton.jit
+def product(a, b):
+    """a @ b, all as tuples of rows."""
+    return transform_vjp(b, a[0]), transform_vjp(b, a[1]), transform_vjp(b, a[2])
