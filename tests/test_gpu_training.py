@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -179,3 +180,38 @@ def test_it_learns_on_a_gpu(strategy: str, tmp_path: Path) -> None:
     assert re.search(r"computed by Triton \S+ on ", done.stderr)
     found = re.search(r"test PSNR ([\d.]+) dB", done.stderr)
     assert found and float(found[1]) > 20.0
+
+
+def benchmark(*words: object) -> subprocess.CompletedProcess[str]:
+    script = Path(__file__).resolve().parent.parent / "benchmarks" / "gpu.py"
+    return subprocess.run([sys.executable, str(script), *map(str, words)], capture_output=True, text=True, timeout=300)
+
+
+def test_the_benchmark_runs_from_end_to_end(tmp_path: Path) -> None:
+    done = benchmark("--device", "cpu", "--tiny", "--reference", "--out", tmp_path / "out.json")
+    assert done.returncode == 0, done.stderr
+    results = json.loads((tmp_path / "out.json").read_text())
+    assert results["machine"]["versions"]["torch"] == torch.__version__
+    scene = results["tiny_97x63"]
+    for mode in ("plain", "absgrad"):
+        assert set(scene[mode]) == {"prismfield", "reference"}
+        for times in scene[mode].values():
+            assert 0 < times["forward"] < times["total"] and 0 < times["backward"] < times["total"]
+    work = scene["stages"].pop("work")
+    assert work["primitives"] == 2000 and 1000 < work["drawn"] < work["entries"] and work["pixels"] == 97 * 63
+    assert work["entries"] < work["pairs"] <= work["entries"] * 64**2
+    assert len(scene["stages"]) == 7 and all(row["gigabytes_per_s"] > 0 for row in scene["stages"].values())
+
+
+def test_the_benchmark_trains(tmp_path: Path) -> None:
+    done = benchmark("--device", "cpu", "--tiny", "--train", "--out", tmp_path / "out.json")
+    assert done.returncode == 0, done.stderr
+    run = json.loads((tmp_path / "out.json").read_text())["garden_20"]
+    assert run["steps"] == 20 and run["psnr"] > 14 and run["peak_memory_mib"] > 0 and run["primitives"] > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_benchmark_says_that_there_is_no_gpu() -> None:
+    done = benchmark()
+    assert done.returncode == 1
+    assert re.fullmatch(r"error: --device cuda: PyTorch \S+ finds no CUDA device; .*\n", done.stderr)
