@@ -9,6 +9,7 @@ Numbers that are stored side by side are stored as pairs: partial writes cost mo
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import triton
 import triton.language as tl
@@ -319,13 +320,11 @@ def project_forward(
     width: int,
     height: int,
     antialiased: bool,
-    params: Tensor,
-    depths: Tensor,
-    radii: Tensor,
+    *outputs: Tensor,
 ) -> None:
-    """As `project_forward` of the compiled kernels: `params` [C, N, 6], `depths` [C, N] and `radii` [C, N, 2]."""
+    """As `project_forward` of the compiled kernels; `outputs` are params [C, N, 6], depths [C, N] and radii [C, N, 2]."""
     grid = (cdiv(len(means), BLOCK), len(viewmats))
-    tensors = (means, quats, scales, opacities, viewmats, Ks, params, depths, radii)
+    tensors = (means, quats, scales, opacities, viewmats, Ks, *outputs)
     sizes = (len(means), float(width), float(height))
     launch(_project_forward_kernel, grid, *tensors, *sizes, ANTIALIASED=antialiased, BLOCK=BLOCK)
 
@@ -340,24 +339,20 @@ def project_backward(
     width: int,
     height: int,
     antialiased: bool,
-    radii: Tensor,
-    v_params: Tensor,
-    v_depths: Tensor,
-    camera_gradient: bool,
-    v_means: Tensor,
-    v_quats: Tensor,
-    v_scales: Tensor,
-    v_opacities: Tensor,
-    v_viewmats: Tensor,
+    *upstream_and_gradients: Any,
 ) -> None:
-    """As `project_backward` of the compiled kernels; `v_viewmats` is added to."""
+    """As `project_backward` of the compiled kernels.
+
+    `upstream_and_gradients` are radii, v_params, v_depths, whether the cameras' gradient is wanted, and what is filled: the
+    gradients of means, quats, scales, opacities and viewmats (the last one is added to).
+    """
+    radii, v_params, v_depths, camera_gradient, *outputs, v_viewmats = upstream_and_gradients
     blocks = cdiv(len(means), BLOCK)
     v_poses = means.new_empty(blocks if camera_gradient else 0, len(viewmats), 4, 3)  # the rotation's rows, translation
-    tensors = (means, quats, scales, opacities, viewmats, Ks, radii, v_params, v_depths)
-    outputs = (v_means, v_quats, v_scales, v_opacities, v_poses)
+    tensors = (means, quats, scales, opacities, viewmats, Ks, radii, v_params, v_depths, *outputs, v_poses)
     sizes = (len(means), len(viewmats), float(width), float(height))
     options = {"ANTIALIASED": antialiased, "CAMERA_GRADIENT": camera_gradient, "BLOCK": BLOCK}
-    launch(_project_backward_kernel, (blocks,), *tensors, *outputs, *sizes, **options)
+    launch(_project_backward_kernel, (blocks,), *tensors, *sizes, **options)
     if camera_gradient:
         v_pose = v_poses.sum(0)
         v_viewmats[:, :3, :3] += v_pose[:, :3]

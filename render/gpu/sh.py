@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prismfield.render.gpu.launch import cdiv, launch
-from prismfield.render.gpu.vectors import add, dot, keep, load3, load_pose, scaled, store3, transform_vjp
+from prismfield.render.gpu.vectors import add, dot, load3, load_pose, scaled, store3, transform_vjp
 from prismfield.render.ops.sh import C0, C1, C2, C3
 
 BLOCK = 64
@@ -161,7 +161,7 @@ def _sh_backward_kernel(
                 v_rest_sum = _with_products(v_rest_sum, _basis(towards, DEGREE), v_color)
             rest = _load_rest(shN + 3 * terms * at + channel, lit, DEGREE)
             v_towards = _basis_vjp(towards, _products(rest, v_color), DEGREE)
-            v_mean = keep(lit, _direction_vjp(towards, inverse, v_towards))
+            v_mean = _direction_vjp(towards, inverse, v_towards)  # 0 where all that was loaded is
             v_mean_sum = add(v_mean_sum, v_mean)
             if CAMERA_GRADIENT:
                 v_center = v_centers + 3 * (block * cameras + camera)
@@ -198,12 +198,13 @@ def sh_backward(
     rgbs: Tensor,
     v_rgbs: Tensor,
     camera_gradient: bool,
-    v_sh0: Tensor,
-    v_shN: Tensor,
-    v_means: Tensor,
-    v_viewmats: Tensor,
+    *gradients: Tensor,
 ) -> None:
-    """As `sh_backward` of the compiled kernels; an empty `v_shN` is not wanted, and `v_viewmats` is added to."""
+    """As `sh_backward` of the compiled kernels.
+
+    `gradients` are filled: those of sh0, shN (empty where it is not wanted), means and viewmats (the last one is added to).
+    """
+    v_sh0, v_shN, v_means, v_viewmats = gradients
     count, terms = shN.shape[:2]
     blocks, used = cdiv(count, BLOCK), (degree + 1) ** 2 - 1
     camera_gradient = camera_gradient and degree > 0  # constant colours do not depend on where anything is
