@@ -1,9 +1,9 @@
 """Projection of 3D Gaussians on a GPU, forward and backward: a primitive a lane, the maths of `csrc/projection.h`.
 
-Bound by memory: 44 bytes a primitive in and 36 a camera out, backward the other way round, against some 300 operations. The
-forward pass is a program a block and camera; the backward pass goes through the cameras inside the program, so that the
-gradients of a primitive add up in registers; those of a camera are added up in the block, and over the blocks afterwards.
-Numbers that are stored side by side are stored as pairs: partial writes cost most where rows are long.
+Bound by memory, as counted: 44 bytes a primitive in and 36 a camera out, backward the other way round, against some 300
+operations. The forward pass is a program a block and camera; the backward pass goes through the cameras inside the program, so
+that the gradients of a primitive add up in registers; those of a camera are added up in the block, and over the blocks
+afterwards. Numbers that lie side by side are stored as pairs: that halves the number of partly written sectors.
 """
 
 from __future__ import annotations

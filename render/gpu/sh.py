@@ -1,6 +1,6 @@
 """View-dependent colour from spherical harmonics on a GPU, forward and backward.
 
-Bound by memory: 3 K floats a primitive, read once and in the backward pass written once. All is computed in blocks [BLOCK, 4] of
+Bound by memory, as counted: 3 K floats a primitive, read and in the backward pass written once. All is computed in blocks [BLOCK, 4] of
 (primitive, channel), the last channel idle: lanes that lie side by side then read the channels of one coefficient, which are side
 by side in memory, and nothing but the gradient of the direction has to be added up across lanes.
 """
