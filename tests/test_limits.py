@@ -41,8 +41,7 @@ def test_functions_are_short_and_public_ones_take_few_arguments() -> None:
             count = len([a for a in arguments if a.arg not in ("self", "cls")])
             if length >= MAX_FUNCTION_LINES:
                 too_long[where] = length
-            # Triton's kernels have the arguments of the compiled ones, which the ops alone call.
-            if count >= MAX_ARGUMENTS and not node.name.startswith("_") and path.parent.name != "gpu":
+            if count >= MAX_ARGUMENTS and not node.name.startswith("_"):
                 too_many[where] = count
     assert not too_long
     assert not too_many
