@@ -31,6 +31,7 @@ NB_MODULE(PF_MODULE, m) {
   pf::bind_adam(m);
   pf::bind_bin(m);
   pf::bind_composite(m);
+  pf::bind_grid(m);
   pf::bind_mlp(m);
   pf::bind_project(m);
   pf::bind_sh(m);

@@ -7,6 +7,7 @@ namespace pf {
 void bind_adam(nanobind::module_ &m);
 void bind_bin(nanobind::module_ &m);
 void bind_composite(nanobind::module_ &m);
+void bind_grid(nanobind::module_ &m);
 void bind_mlp(nanobind::module_ &m);
 void bind_project(nanobind::module_ &m);
 void bind_sh(nanobind::module_ &m);
