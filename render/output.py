@@ -30,3 +30,5 @@ class RenderOutput:
     """[C, N, 2] half-width and half-height of each footprint, pixels; 0 where a primitive was not drawn."""
     absgrad: Tensor | None = None
     """[C, N, 2] leaf of zeros whose `.grad` becomes the sum over pixels of |dL/d means2d| (AbsGS, arXiv:2404.10484)."""
+    samples: int | None = None
+    """How many samples along rays it was made of; None if it was not made of any."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from prismfield.render.cameras import Cameras
 from prismfield.render.output import RenderOutput
+from prismfield.representations.fields import HashField, SimplexField, VoxelField
 from prismfield.representations.gaussians import Gaussians
 
 
@@ -55,4 +56,10 @@ class Representation(Protocol):
         ...
 
 
-REPRESENTATIONS: dict[str, type[Representation]] = {"gaussians": Gaussians}
+REPRESENTATIONS: dict[str, type[Representation]] = {
+    "gaussians": Gaussians,
+    "hash": HashField,
+    "simplex": SimplexField,
+    "voxel": VoxelField,
+}
+"""3D Gaussians with harmonic colour; radiance fields on hashed grids of cubes and of simplices, and on voxels."""

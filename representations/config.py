@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -40,3 +41,54 @@ class GaussiansConfig:
             return self.sh_degree
         # The small term keeps a multiple of the interval from rounding down.
         return min(self.sh_degree, int(progress / self.sh_interval + 1e-9))
+
+
+@dataclass(frozen=True)
+class FieldConfig:
+    """A radiance field: an encoding of positions, small networks, and an occupancy grid that says where to look.
+
+    Learning rates are Adam's, per step.
+    """
+
+    levels: int = 16
+    """Grids of the encoding, from `coarsest` to `finest`."""
+    features: int = 2
+    """Numbers stored at each of their points: 1, 2, 4 or 8."""
+    log2_rows: int = 18
+    """Points of a grid that are stored; more of them share places by a hash."""
+    coarsest: int = 16
+    """Cells along the longest side of the bounds, of the coarsest grid."""
+    finest: int = 2048
+    """Of the finest."""
+    width: int = 64
+    """Of the networks' hidden layers."""
+    extent: Literal["auto", "box", "space"] = "auto"
+    """"box": nothing outside the capture's bounds. "space": everything; what is outside the bounds is contracted. "auto":
+    a box where images are transparent around an object."""
+    near: float = 0.1
+    """Nothing is nearer to a camera than this, in distances of the camera from the centre; with "space"."""
+    occupancy: int = 128
+    """Cells along the longest side of the bounds, of the grid that says where there is something; a multiple of 16."""
+    nests: int = 5
+    """How many such grids around each other, each twice as large; with "space"."""
+    steps: int = 1024
+    """Steps of a ray along the diagonal of the bounds."""
+    cone: float = 1 / 256
+    """Steps are at least this share of the distance from the camera; with "space"."""
+    lr: float = 1e-2
+    lr_final: float = 5e-4
+    """What `lr` decays to, exponentially, over the training."""
+
+
+SIMPLEX = FieldConfig()
+TRIPLANE = FieldConfig(levels=4, features=8, log2_rows=18, coarsest=64, finest=512)
+VOXEL = FieldConfig(levels=1, features=4, log2_rows=21, coarsest=127, finest=127, lr=5e-2)
+
+STRATEGIES: dict[str, tuple[str, ...]] = {
+    "gaussians": ("adc", "mcmc", "fixed"),
+    "hash": ("occupancy",),
+    "simplex": ("occupancy",),
+    "triplane": ("occupancy",),
+    "voxel": ("occupancy",),
+}
+"""What may train each representation, the default first."""

@@ -14,6 +14,10 @@ from prismfield.cli import one_line
 from prismfield.datasets.views import View, Views
 from prismfield.render.cameras import Cameras
 
+_PIXEL_BYTES = 8  # of colour, alpha and mask, kept in memory
+_FIRST_SAMPLES = 256  # along a ray, before the first step has told
+_FEWEST_RAYS, _MOST_RAYS = 64, 1 << 16
+
 COLORS = {"white": 1.0, "black": 0.0, None: 0.0}
 """Value of the background behind images with an alpha channel, by `SceneData.background`."""
 
@@ -24,9 +28,10 @@ class ImageError(ValueError):
 
 @dataclass(frozen=True)
 class Batch:
-    """Images of one size and the cameras that took them."""
+    """Images of one size and the cameras that took them, or pixels out of many images, [R] instead of [C, H, W]."""
 
     cameras: Cameras
+    """For pixels, those of all training views."""
     rgb: Tensor
     """[C, H, W, 3] uint8, or float32 in 0..1."""
     mask: Tensor | None
@@ -35,10 +40,15 @@ class Batch:
     """[C, H, W] camera z in scene units, 0 where unknown."""
     background: Tensor
     """[C, 3] behind the scene."""
-    index: int
-    """Place of the image among the training views."""
+    index: int | Tensor
+    """Place of the image among the training views; of each pixel's image, [R], for pixels."""
     pixels: Tensor | None = None
-    """[R, 3] the pixels to draw; None for whole images."""
+    """[R, 3] the pixels to draw: camera, column, row; None for whole images."""
+
+    @property
+    def camera_views(self) -> int | slice:
+        """Places of the cameras among the training views."""
+        return self.index if isinstance(self.index, int) else slice(None)
 
     @property
     def rgb_float(self) -> Tensor:
@@ -145,6 +155,9 @@ class Batches:
             self._made_bytes += batch.nbytes
         return batch
 
+    def adapt(self, samples: int | None) -> None:
+        """Take note of how many samples along rays the step took: an image is drawn whole, whatever that costs."""
+
     def state_dict(self) -> dict[str, Tensor]:
         """Enough to go on exactly."""
         return {"order": torch.tensor(self.order, dtype=torch.int64), "generator": self.generator.get_state()}
@@ -153,6 +166,170 @@ class Batches:
         """Take up what `state_dict` gave."""
         self.order = state["order"].tolist()
         self.generator.set_state(state["generator"])
+
+
+class PixelBatches:
+    """Random pixels of random training images, as many as make the number of samples along their rays what is wanted.
+
+    The images of a step are those that fit into the byte budget. Where not all do, each step one of them makes room for
+    the next of a random order.
+    """
+
+    def __init__(
+        self,
+        views: Views,
+        *,
+        background: float,
+        samples: int,
+        random_background: bool = False,
+        use_masks: bool = True,
+        cut_out: bool = False,
+        with_depth: bool = False,
+        seed: int = 0,
+        byte_budget: int = 512 << 20,
+        device: torch.device | None = None,
+    ) -> None:
+        """Nothing is decoded yet.
+
+        Args:
+            views: the training views, of any sizes.
+            background: value behind images with an alpha channel, of all three channels.
+            samples: along all rays of a step.
+            random_background: draw a new colour behind each image in each step instead.
+            use_masks: leave masked pixels out.
+            cut_out: what the masks leave out is transparent instead.
+            with_depth: give the pixels' depth too, where the capture has it.
+            seed: of whatever is drawn.
+            byte_budget: memory for decoded pixels, at least one image.
+            device: where the pixels are and the batches go; the CPU if None.
+        """
+        self.views, self.background, self.samples = views, background, samples
+        self.random_background, self.use_masks, self.cut_out = random_background, use_masks, cut_out
+        self.with_depth = with_depth
+        self.generator = torch.Generator().manual_seed(seed)
+        self.device = torch.device("cpu") if device is None else device
+        sizes = [views.size(index) for index in range(len(views))]
+        self._sizes = torch.tensor(sizes).reshape(-1, 2)
+        self._room = max((width * height for width, height in sizes), default=1)
+        """Pixels that the place of an image has."""
+        cameras = [replace(views.camera(i), width=1, height=1) for i in range(len(views))]  # sizes may differ
+        self._cameras = Cameras.stack(cameras).to(self.device) if cameras else None
+        places = min(len(views), max(1, byte_budget // (_PIXEL_BYTES * self._room)))
+        order = torch.randperm(len(views), generator=self.generator).tolist()
+        self.held: list[int] = order[:places]
+        """The view in each place."""
+        self.order: list[int] = order[places:][::-1]
+        """Views still to come in this epoch, the next one last."""
+        self.rays = max(_FEWEST_RAYS, samples // _FIRST_SAMPLES)
+        """Pixels of the next batch."""
+        self._loaded: list[int | None] = [None] * places
+        self._pixels: dict[str, Tensor] = {}
+        """What is known about the pixels of each place, one after the other."""
+
+    def next(self, factor: int = 1) -> Batch:
+        """Pixels of full-size images, whatever `factor` says.
+
+        Raises:
+            ImageError: the file of an image that was to be decoded is damaged or gone; it is asked for again the next time.
+        """
+        assert self._cameras is not None
+        for place, index in enumerate(self.held):
+            if self._loaded[place] != index:
+                self._load(place, index)
+        place = torch.randint(len(self.held), (self.rays,), generator=self.generator)
+        view = torch.tensor(self.held)[place]
+        width, height = self._sizes[view].unbind(-1)
+        share = torch.rand(self.rays, generator=self.generator, dtype=torch.float64)
+        pixel = (share * (width * height)).long()
+        at = (place * self._room + pixel).to(self.device)
+        behind = torch.full((len(self.views), 3), self.background)
+        if self.random_background:
+            behind = torch.rand(len(self.views), 3, generator=self.generator)
+        pixels = torch.stack([view, pixel % width, pixel // width], -1).to(self.device)
+        behind, chosen = behind.to(self.device), {name: values[at] for name, values in self._pixels.items()}
+        rgb, alpha = chosen["rgb"], chosen.get("alpha")
+        if alpha is not None:
+            colors = rgb.float() / 255 if rgb.dtype == torch.uint8 else rgb
+            rgb = torch.lerp(behind[pixels[:, 0]], colors, alpha[:, None])
+        if len(self.held) < len(self.views):
+            self._exchange()
+        return Batch(
+            cameras=self._cameras,
+            rgb=rgb,
+            mask=chosen.get("mask"),
+            depth=chosen.get("depth"),
+            background=behind,
+            index=pixels[:, 0],
+            pixels=pixels,
+        )
+
+    def adapt(self, samples: int | None) -> None:
+        """Draw as many pixels next as would have made the wanted number of samples, given how many this batch made."""
+        if samples is not None:
+            wanted = self.rays * self.samples // max(samples, 1)
+            self.rays = max(_FEWEST_RAYS, min(wanted, 2 * self.rays, _MOST_RAYS))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """Enough to go on exactly."""
+        numbers = {"order": self.order, "held": self.held, "rays": [self.rays]}
+        tensors = {name: torch.tensor(values, dtype=torch.int64) for name, values in numbers.items()}
+        return tensors | {"generator": self.generator.get_state()}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take up what `state_dict` gave.
+
+        Raises:
+            ValueError: as many images do not fit into the byte budget as did.
+        """
+        if len(state["held"]) != len(self.held):
+            raise ValueError(
+                f"--data.cache-mb: expected memory for {len(state['held'])} images, as the run had, got {len(self.held)}"
+            )
+        self.order, self.held = state["order"].tolist(), state["held"].tolist()
+        (self.rays,) = state["rays"].tolist()
+        self.generator.set_state(state["generator"])
+
+    def _exchange(self) -> None:
+        """The next view takes the place of one that is drawn at random."""
+        if not self.order:
+            rest = sorted(set(range(len(self.views))) - set(self.held))
+            shuffled = torch.randperm(len(rest), generator=self.generator).tolist()
+            self.order = [rest[i] for i in shuffled]
+        place = int(torch.randint(len(self.held), (1,), generator=self.generator))
+        self.held[place] = self.order.pop()
+        self.views.prefetch(self.held[place])
+
+    def _load(self, place: int, index: int) -> None:
+        try:
+            view = self.views[index]
+        except (ValueError, OSError) as error:
+            raise ImageError(one_line(error)) from error
+        if self.cut_out:
+            view = cut_out(view)
+        self._put("rgb", place, view.rgb, 0)
+        alpha = view.alpha
+        self._put(
+            "alpha", place, None if alpha is None else alpha.float() / (255 if alpha.dtype == torch.uint8 else 1), 1
+        )
+        self._put("mask", place, view.mask if self.use_masks else None, True)
+        self._put("depth", place, view.depth if self.with_depth else None, 0)
+        self._loaded[place] = index
+
+    def _put(self, name: str, place: int, values: Tensor | None, missing: float) -> None:
+        """Keep [H, W, ...] values of the image in a place; `missing` stands where an image has none and others do."""
+        if name not in self._pixels:
+            if values is None:
+                return
+            size = (len(self.held) * self._room, *values.shape[2:])
+            self._pixels[name] = torch.full(size, missing, dtype=values.dtype, device=self.device)
+        kept = self._pixels[name]
+        part = kept[place * self._room : (place + 1) * self._room]
+        if values is None:
+            part.fill_(missing)
+            return
+        if kept.dtype != values.dtype:  # files of 8 and of 16 bits in one capture
+            values = (values * 255).round() if kept.dtype == torch.uint8 else values.float() / 255
+        part[: values.shape[0] * values.shape[1]] = values.flatten(0, 1).to(part)
 
 
 def cut_out(view: View) -> View:

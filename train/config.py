@@ -10,8 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from prismfield.representations.config import GaussiansConfig
-from prismfield.train.strategies.config import AdcConfig, McmcConfig
+from prismfield.representations.config import SIMPLEX, STRATEGIES, TRIPLANE, VOXEL, FieldConfig, GaussiansConfig
+from prismfield.train.strategies.config import AdcConfig, McmcConfig, OccupancyConfig
 
 DEFAULT_STEPS = 4000
 
@@ -41,7 +41,7 @@ class LossConfig:
     """Terms of the loss."""
 
     ssim_weight: float = 0.2
-    """Share of 1 - SSIM beside the mean absolute error."""
+    """Share of 1 - SSIM beside the mean absolute error; single pixels have no structure: theirs is the mean squared error."""
     opacity_reg: float | None = None
     """Weight of the mean opacity; default: 0.01 with mcmc, which lives on opacities that fall, else 0."""
     scale_reg: float | None = None
@@ -56,13 +56,15 @@ class ScheduleConfig:
 
     resolution: tuple[float, ...] = (0.05, 0.15)
     """Images are drawn at 1/2^k of their size until the k-th number from the end: (0.05, 0.15) is a quarter until 5 % and
-    a half until 15 %. Empty: full size throughout."""
+    a half until 15 %. Empty: full size throughout, as always where a step draws single pixels."""
     min_side: int = 64
     """No image is drawn with a shorter side than this, pixels."""
     settle: float = 0.2
     """Share at the end over which learning rates that do not decay already fall to a tenth."""
     sparse_adam: bool = True
     """Update only what the step's camera sees."""
+    samples: int = 1 << 17
+    """Along all rays of a step that draws single pixels; their number follows."""
 
 
 @dataclass(frozen=True)
@@ -105,9 +107,10 @@ class TrainConfig:
 
     scene: str = "garden"
     """A folder with photographs and poses, a name under $PRISMFIELD_DATA, or a bundled scene."""
-    representation: Literal["gaussians"] = "gaussians"
-    strategy: Literal["adc", "mcmc", "fixed"] = "adc"
-    """How primitives are added and dropped."""
+    representation: Literal["gaussians", "hash", "simplex", "triplane", "voxel"] = "gaussians"
+    """What to make: splats, or a radiance field on a grid of cubes or of simplices, on planes, or on voxels."""
+    strategy: Literal["adc", "mcmc", "fixed", "occupancy"] | None = None
+    """How primitives are added and dropped, default adc; radiance fields: how empty space is found, occupancy."""
     steps: int | None = None
     """Training steps; default 4000 unless `minutes` is given."""
     minutes: float | None = None
@@ -141,8 +144,13 @@ class TrainConfig:
     """Of the live view, on this machine."""
     data: DataConfig = field(default_factory=DataConfig)
     gaussians: GaussiansConfig = field(default_factory=GaussiansConfig)
+    hash: FieldConfig = field(default_factory=FieldConfig)
+    simplex: FieldConfig = SIMPLEX
+    triplane: FieldConfig = TRIPLANE
+    voxel: FieldConfig = VOXEL
     adc: AdcConfig = field(default_factory=AdcConfig)
     mcmc: McmcConfig = field(default_factory=McmcConfig)
+    occupancy: OccupancyConfig = field(default_factory=OccupancyConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     exposure: ExposureConfig = field(default_factory=ExposureConfig)
@@ -158,6 +166,7 @@ def check_config(config: TrainConfig) -> None:
     """Raise a ValueError naming the first option that makes no sense."""
     infinity, least = float("inf"), 1e-12
     positive = ("steps", "minutes", "downscale", "max_primitives", "data.cache_mb", "data.initial_points", "log.every")
+    positive += ("schedule.samples", "occupancy.interval")
     limits = dict.fromkeys((*positive, "gaussians.init_scale"), (least, infinity))
     shares = ("loss.ssim_weight", "schedule.settle", "gaussians.init_opacity", "adc.stop", "mcmc.stop")
     limits |= dict.fromkeys(shares, (0, 1))
@@ -174,6 +183,10 @@ def check_config(config: TrainConfig) -> None:
         if isinstance(value, int | float) and not low <= value <= high:
             expected = f"{low} to {high}" if high < infinity else "a positive number" if low == least else "0 or more"
             raise ValueError(f"--{_flag(name)}: expected {expected}, got {value}")
+    if config.strategy not in (None, *(strategies := STRATEGIES[config.representation])):
+        raise ValueError(
+            f"--strategy {config.strategy}: expected {' or '.join(strategies)} for {config.representation}"
+        )
     sizes = config.schedule.resolution
     if list(sizes) != sorted(sizes) or any(not 0 <= share <= 1 for share in sizes):
         raise ValueError(f"--schedule.resolution: expected rising shares between 0 and 1, got {sizes}")
@@ -181,7 +194,8 @@ def check_config(config: TrainConfig) -> None:
 
 def resolved(config: TrainConfig) -> TrainConfig:
     """The same training with every default that depends on another option spelled out."""
-    reg = 0.01 if config.strategy == "mcmc" else 0.0
+    strategy: Any = config.strategy or STRATEGIES[config.representation][0]
+    reg = 0.01 if strategy == "mcmc" else 0.0
     loss = config.loss
     loss = replace(
         loss,
@@ -189,7 +203,7 @@ def resolved(config: TrainConfig) -> TrainConfig:
         scale_reg=reg if loss.scale_reg is None else loss.scale_reg,
     )
     steps = DEFAULT_STEPS if config.steps is None and config.minutes is None else config.steps
-    return replace(config, steps=steps, loss=loss)
+    return replace(config, steps=steps, loss=loss, strategy=strategy)
 
 
 def changed_options(old: TrainConfig, new: TrainConfig) -> list[str]:
@@ -210,9 +224,11 @@ def check_resumed(config: TrainConfig, saved: TrainConfig) -> None:
 def command_line(config: TrainConfig) -> str:
     """The command that trains with this (resolved) config."""
     first = TrainConfig()
-    # What else is by default depends on these two.
-    defaults = dict(_options(resolved(replace(first, strategy=config.strategy, minutes=config.minutes))))
-    defaults |= {"scene": None, "strategy": first.strategy, "minutes": first.minutes}
+    # What else is by default depends on these three.
+    plain = replace(first, representation=config.representation, minutes=config.minutes)
+    defaults = dict(_options(resolved(replace(plain, strategy=config.strategy))))
+    defaults |= {"scene": None, "representation": first.representation, "minutes": first.minutes}
+    defaults |= {"strategy": resolved(plain).strategy}
     words = ["render-train"]
     for name, value in _options(config):
         if value == defaults[name] or name in ("out", "resume", "pause_at"):

@@ -103,9 +103,10 @@ def training_step(session: Session) -> tuple[Batch, Tensor, dict[str, Tensor]]:
     config, scene, optimizer, clock = session.config, session.scene, session.optimizer, session.clock
     set_rates(optimizer, clock, config.schedule.settle)
     batch = session.batches.next(shrink_factor(session, config))
-    cameras = batch.cameras if session.poses is None else session.poses(batch.cameras, batch.index)
+    cameras = batch.cameras if session.poses is None else session.poses(batch.cameras, batch.camera_views)
     extras = {*session.strategy.extras, *(("depth",) if config.loss.depth_weight and batch.depth is not None else ())}
     out = scene.render(cameras, batch.pixels, batch.background, extras)
+    session.batches.adapt(out.samples)
     rgb = out.rgb if session.exposure is None else session.exposure(out.rgb, batch.index)
     terms = loss_terms(out, rgb, batch, scene, config.loss)
     optimizer.zero_grad(set_to_none=True)

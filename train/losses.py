@@ -16,7 +16,7 @@ def loss_terms(out: RenderOutput, rgb: Tensor, batch: Batch, scene: object, conf
 
     Args:
         out: the render; its `depth` is used where the batch has depth.
-        rgb: [C, H, W, 3] its colours after the exposure correction.
+        rgb: [C, H, W, 3] its colours after the exposure correction; [R, 3] for a batch of pixels.
         batch: what should have come out.
         scene: regularisers look at its `opacities` and `scales`, where it has them.
         config: the weights.
@@ -24,7 +24,10 @@ def loss_terms(out: RenderOutput, rgb: Tensor, batch: Batch, scene: object, conf
     Returns:
         Scalars by name; their sum is the loss.
     """
-    terms = {"photometric": photometric_loss(rgb, batch.rgb, config.ssim_weight, batch.mask)[0]}
+    if batch.pixels is None:
+        terms = {"photometric": photometric_loss(rgb, batch.rgb, config.ssim_weight, batch.mask)[0]}
+    else:  # single pixels have no structure
+        terms = {"photometric": squared_error(rgb, batch.rgb_float, batch.mask)}
     if config.opacity_reg and hasattr(scene, "opacities"):
         terms["opacity"] = config.opacity_reg * scene.opacities.mean()
     if config.scale_reg and hasattr(scene, "scales"):
@@ -32,6 +35,14 @@ def loss_terms(out: RenderOutput, rgb: Tensor, batch: Batch, scene: object, conf
     if config.depth_weight and batch.depth is not None and out.depth is not None:
         terms["depth"] = config.depth_weight * inverse_depth_error(out.depth, out.alpha, batch.depth, batch.mask)
     return terms
+
+
+def squared_error(rgb: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean over the pixels [..., 3] where `mask` [...] is True, and over the channels; 0 where none is."""
+    errors = (rgb - target).square()
+    if mask is None:
+        return errors.mean()
+    return torch.where(mask[..., None], errors, 0.0).sum() / (errors.shape[-1] * mask.sum()).clamp(min=1)
 
 
 def inverse_depth_error(depth: Tensor, alpha: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,8 @@ from prismfield.datasets.initial import initial_points
 from prismfield.datasets.scenes import find_scene, load_scene
 from prismfield.datasets.views import Views
 from prismfield.representations.base import REPRESENTATIONS, Representation
-from prismfield.train.batches import COLORS, Batches
+from prismfield.representations.gaussians import Gaussians
+from prismfield.train.batches import COLORS, Batches, PixelBatches
 from prismfield.train.checkpoint import load_checkpoint, save_checkpoint
 from prismfield.train.clock import Clock
 from prismfield.train.config import TrainConfig
@@ -45,7 +46,7 @@ class Session:
     scene: Representation
     optimizer: FusedAdam
     strategy: Strategy
-    batches: Batches
+    batches: Batches | PixelBatches
     clock: Clock
     exposure: Exposure | None
     poses: PoseDeltas | None
@@ -155,16 +156,7 @@ def start_session(config: TrainConfig, device: torch.device, folder: Path | None
     strategy = STRATEGIES[config.strategy](
         getattr(config, config.strategy, None), scene, max_primitives=config.max_primitives, seed=config.seed
     )
-    batches = Batches(
-        train_views,
-        background=background,
-        random_background=config.data.random_background,
-        use_masks=config.data.masks,
-        cut_out=config.data.cut_out,
-        seed=config.seed,
-        byte_budget=batch_budget,
-        device=device,
-    )
+    batches = make_batches(config, scene.batching, train_views, background, batch_budget, device)
     session = Session(
         config,
         data,
@@ -186,6 +178,24 @@ def start_session(config: TrainConfig, device: torch.device, folder: Path | None
     return session
 
 
+def make_batches(
+    config: TrainConfig, batching: str, views: Views, background: float, byte_budget: int, device: torch.device
+) -> Batches | PixelBatches:
+    """What the steps see: whole images, or pixels."""
+    options: dict[str, Any] = {
+        "background": background,
+        "random_background": config.data.random_background,
+        "use_masks": config.data.masks,
+        "cut_out": config.data.cut_out,
+        "seed": config.seed,
+        "byte_budget": byte_budget,
+        "device": device,
+    }
+    if batching == "image":
+        return Batches(views, **options)
+    return PixelBatches(views, samples=config.schedule.samples, with_depth=config.loss.depth_weight > 0, **options)
+
+
 def _decode_early(test_views: Views, byte_budget: int) -> None:
     """Decode the test views if they can stay in memory: a damaged file should not show only after the training."""
     sizes = [test_views.size(index) for index in range(len(test_views))]
@@ -199,24 +209,30 @@ def initial_scene(config: TrainConfig, data: SceneData) -> Any:
 
     Raises:
         FileNotFoundError: there is no such `config.init`.
-        ValueError: it is no .ply of splats, or has more than `config.max_primitives`.
+        ValueError: it is no .ply of splats, or has more than `config.max_primitives`, or is to become something else.
     """
-    representation = REPRESENTATIONS[config.representation]
+    representation, options = REPRESENTATIONS[config.representation], representation_config(config)
     if config.init is not None:
+        if not issubclass(representation, Gaussians):
+            raise ValueError(f"--init {config.init}: expected --representation gaussians, got {config.representation}")
         from prismfield.export.ply import read_ply  # not at the top: export builds on train
 
         asset = read_ply(config.init)
         if len(asset) > config.max_primitives:
             raise ValueError(f"{config.init}: {len(asset)} splats, more than --max-primitives {config.max_primitives}")
         tensors = asset.to_tensors(data.frame, sh_degree=config.gaussians.sh_degree)
-        return representation.from_tensors(tensors, representation_config(config))
+        return representation.from_tensors(tensors, options)
+    if getattr(options, "extent", None) == "auto":
+        options = replace(options, extent="space" if data.background is None else "box")
+    if representation.batching == "pixels":  # nothing is made of points
+        return representation.from_points(torch.zeros(0, 3), torch.zeros(0, 3), data.aabb, options)
     points = initial_points(data, config.data.initial_points, config.seed, config.data.points)
     if len(points) > config.max_primitives:
         generator = torch.Generator().manual_seed(config.seed)
         chosen = torch.randperm(len(points), generator=generator)[: config.max_primitives].sort().values
         points = Points(points.xyz[chosen], points.rgb[chosen])
     log.info("starting from %d points", len(points))
-    return representation.from_points(points.xyz, points.rgb, data.aabb, representation_config(config))
+    return representation.from_points(points.xyz, points.rgb, data.aabb, options)
 
 
 def make_optimizer(

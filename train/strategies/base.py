@@ -12,12 +12,13 @@ from prismfield.render.output import RenderOutput
 from prismfield.train.strategies.adc import Adc
 from prismfield.train.strategies.fixed import Fixed
 from prismfield.train.strategies.mcmc import Mcmc
+from prismfield.train.strategies.occupancy import Occupancy
 
 State = dict[str, Tensor | float | int]
 
 
 class Strategy(Protocol):
-    """Edits a scene between steps: grows, prunes, raises the degree of the harmonics."""
+    """Edits a scene between steps: grows, prunes, raises the degree of the harmonics, finds out what is empty."""
 
     @property
     def extras(self) -> Collection[str]:
@@ -47,5 +48,5 @@ class Strategy(Protocol):
         ...
 
 
-STRATEGIES: dict[str, Callable[..., Strategy]] = {"fixed": Fixed, "adc": Adc, "mcmc": Mcmc}
+STRATEGIES: dict[str, Callable[..., Strategy]] = {"fixed": Fixed, "adc": Adc, "mcmc": Mcmc, "occupancy": Occupancy}
 """Name to class. Each is built from `(config, scene, *, max_primitives, seed)`; `fixed` ignores its config."""

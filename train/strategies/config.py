@@ -66,3 +66,15 @@ class McmcConfig:
     """Fewest steps between relocations in a short training."""
     stop: float = 0.83
     """Share of the training after which nothing is relocated or added."""
+
+
+@dataclass(frozen=True)
+class OccupancyConfig:
+    """Keep track of where a field is empty (Instant NGP, arXiv:2201.05989, appendix E). Counts are not shrunk."""
+
+    interval: int = 16
+    """Steps from one look at the field to the next."""
+    decay: float = 0.95
+    """What is left of the largest density seen in a cell at each look."""
+    threshold: float = 0.01
+    """Optical depth of one step above which a cell is occupied."""

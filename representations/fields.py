@@ -1,0 +1,274 @@
+"""Radiance fields: density and colour at every position, drawn by marching along rays."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any, ClassVar, Literal, Self
+
+import torch
+from torch import Tensor, nn
+
+from prismfield.encodings.grid import Grid
+from prismfield.encodings.mlp import Mlp
+from prismfield.render.cameras import Cameras
+from prismfield.render.checks import check_shapes
+from prismfield.render.contraction import contract
+from prismfield.render.march import Marched, march, trace
+from prismfield.render.ops.sh import sh_basis
+from prismfield.render.output import RenderOutput
+from prismfield.render.samplers import CHUNK, OccupancyGrid
+from prismfield.representations.config import FieldConfig
+
+_FEATURES = 16  # that the density network hands to the colour network, Instant NGP, section 5.3
+_SH_DEGREE = 3  # of the direction's code, 16 values
+_MOST_SAMPLES = 1024  # of a ray, Instant NGP, appendix E.1
+_RAYS = 8192  # drawn at once
+_FAR = 1e10
+_MOST_EXPONENT = 15.0  # beyond which gradients do not grow
+
+
+class Field(nn.Module):
+    """Density and colour from an encoding of the position (Instant NGP, arXiv:2201.05989, section 5.3).
+
+    A density network turns the encoding into 16 values, of which the exponential of the first is the density; a colour
+    network turns these and harmonics of the direction into a colour. Subclasses choose the encoding.
+    """
+
+    batching: ClassVar[Literal["image", "pixels"]] = "pixels"
+
+    unbounded: Tensor
+    """[] bool: space outside the bounds is contracted instead of empty."""
+    jitter: torch.Generator | None
+    """Shifts the samples of each ray by a random part of a step wherever gradients are recorded; None leaves them."""
+
+    def __init__(self, aabb: Tensor, unbounded: bool, config: FieldConfig) -> None:
+        """Random networks and nearly zero features, from torch's generator; everything may be occupied.
+
+        Args:
+            aabb: [2, 3] bounds of the content, scene units.
+            unbounded: whether there is anything outside of them.
+            config: sizes and rates.
+
+        Raises:
+            ValueError: the bounds or an option make no sense.
+        """
+        super().__init__()
+        self.config, self.jitter = config, None
+        self.grid = OccupancyGrid(aabb, config.occupancy, config.nests if unbounded else 1)
+        self.register_buffer("unbounded", torch.tensor(unbounded))
+        self.center = self.grid.aabb.mean(0).tolist()
+        size = self.grid.aabb[1] - self.grid.aabb[0]
+        self.radius = 0.5 * float(size.max())
+        """Half of the longest side of the bounds, scene units."""
+        self.step = float(size.norm()) / config.steps
+        """Of a ray, scene units."""
+        self.encoding = self.make_encoding(config)
+        self.density_mlp, channels = self.make_density_mlp(config)
+        self.color_mlp = Mlp(channels + (_SH_DEGREE + 1) ** 2, 3, width=config.width, hidden=2, head="sigmoid")
+
+    def make_encoding(self, config: FieldConfig) -> Any:
+        """What turns positions [S, 3] in the unit cube into features [S, out_dim]."""
+        raise NotImplementedError
+
+    def make_density_mlp(self, config: FieldConfig) -> tuple[Mlp | None, int]:
+        """The density network, and how many values the colour network gets beside the direction."""
+        return Mlp(self.encoding.out_dim, _FEATURES, width=config.width), _FEATURES
+
+    @classmethod
+    def from_points(cls, xyz: Tensor, rgb: Tensor, aabb: Tensor, config: FieldConfig) -> Self:
+        """A field that knows nothing yet; of the points it takes the device. `extent` "auto" means a box here."""
+        check_shapes(xyz=(xyz, "P 3"), rgb=(rgb, "P 3"), aabb=(aabb, "2 3"))
+        return cls(aabb, config.extent == "space", config).to(xyz.device)
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, Tensor], config: FieldConfig) -> Self:
+        """The field whose `tensors()` these are.
+
+        Raises:
+            ValueError: a tensor is missing or is not of the size that `config` says.
+        """
+        if missing := [name for name in ("grid.aabb", "unbounded") if name not in tensors]:
+            raise ValueError(f"tensors: expected those of a field; {', '.join(missing)} missing")
+        field = cls(tensors["grid.aabb"].cpu(), bool(tensors["unbounded"]), config)
+        for name, value in field.state_dict().items():
+            if name not in tensors or tensors[name].shape != value.shape:
+                got = list(tensors[name].shape) if name in tensors else "none"
+                raise ValueError(f"{name}: expected {list(value.shape)}, got {got}")
+        field.load_state_dict({name: tensors[name] for name in field.state_dict()})
+        return field.to(tensors["grid.aabb"].device)
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """One group a parameter."""
+        rates = {"lr": self.config.lr, "lr_final": self.config.lr_final}
+        return [{"name": name, "params": [parameter]} | rates for name, parameter in self.named_parameters()]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The parameters, and what is known about empty space, detached and not copied."""
+        return {name: value.detach() for name, value in self.state_dict().items()}
+
+    def density(self, xyz: Tensor) -> Tensor:
+        """[S] per scene unit at `xyz` [S, 3]."""
+        return self._decode(xyz)[0]
+
+    def query(self, xyz: Tensor, dirs: Tensor) -> tuple[Tensor, Tensor]:
+        """Densities [S] per scene unit and colours [S, 3] at `xyz` [S, 3], seen along unit `dirs` [S, 3]."""
+        if torch.is_grad_enabled() or len(xyz) <= CHUNK:
+            return self._query(xyz, sh_basis(dirs, _SH_DEGREE))
+        parts = zip(xyz.split(CHUNK), dirs.split(CHUNK), strict=True)
+        sigmas, rgbs = zip(*(self._query(x, sh_basis(d, _SH_DEGREE)) for x, d in parts), strict=True)
+        return torch.cat(sigmas), torch.cat(rgbs)
+
+    def render(
+        self,
+        cameras: Cameras,
+        pixels: Tensor | None = None,
+        background: Tensor | None = None,
+        extras: Collection[str] = (),
+    ) -> RenderOutput:
+        """Draw whole images, or only `pixels` [R, 3] (camera, column, row).
+
+        Args:
+            cameras: C pinhole cameras.
+            pixels: integers.
+            background: [C, 3], black if None.
+            extras: any of "depth", "median_depth" (see `RenderOutput`).
+        """
+        wanted = _all_pixels(cameras) if pixels is None else pixels.long()
+        learns = any(parameter.requires_grad for parameter in self.parameters())
+        learns = torch.is_grad_enabled() and (learns or cameras.viewmats.requires_grad)
+        origins, dirs = cameras.rays(wanted)
+        cosines = (cameras.viewmats[wanted[:, 0], 2, :3] * dirs).sum(-1)
+        behind = background[wanted[:, 0]] if background is not None else None
+        parts, samples = [], 0
+        # A step's pixels come at once, as their number suits it.
+        size = _RAYS if pixels is None or not learns else max(len(wanted), 1)
+        for start in range(0, max(len(wanted), 1), size):
+            part = slice(start, start + size)
+            rays = (origins[part], dirs[part], None if behind is None else behind[part], extras, cosines[part])
+            marched, count = self._march(*rays) if learns else (self._trace(*rays), 0)
+            parts.append(marched)
+            samples += count
+        shape = (len(cameras), cameras.height, cameras.width) if pixels is None else (len(wanted),)
+        channels: dict[str, Any] = {"rgb": None, "alpha": None} | {
+            name: None for name in ("depth", "median_depth") if name in extras
+        }
+        for name in channels:
+            values = torch.cat([getattr(part, name) for part in parts])
+            channels[name] = values.view(*shape, *values.shape[1:])
+        return RenderOutput(**channels, samples=samples if learns else None)
+
+    def _march(
+        self, origins: Tensor, dirs: Tensor, background: Tensor | None, extras: Collection[str], cosines: Tensor
+    ) -> tuple[Marched, int]:
+        """All samples, with gradients; and how many there were."""
+        shift = None if self.jitter is None else torch.rand(len(origins), generator=self.jitter).to(origins)
+        near, step, cone = self._steps()
+        rays = (origins.detach(), dirs.detach())
+        samples = self.grid.sample(*rays, near, _FAR, step, max_samples=_MOST_SAMPLES, jitter=shift, cone=cone)
+        codes = sh_basis(dirs, _SH_DEGREE)  # of rays: they are fewer than the samples
+
+        def query(xyz: Tensor, _dirs: Tensor) -> tuple[Tensor, Tensor]:
+            return self._query(xyz, codes[samples.ray_indices])
+
+        return march(samples, origins, dirs, query, background, extras, cosines=cosines), len(samples)
+
+    def _trace(
+        self, origins: Tensor, dirs: Tensor, background: Tensor | None, extras: Collection[str], cosines: Tensor
+    ) -> Marched:
+        """The same picture without gradients, of no more samples than it takes."""
+        near, step, cone = self._steps()
+        options: dict[str, Any] = {"near": near, "far": _FAR, "step": step, "cone": cone, "cosines": cosines}
+        return trace(self.grid, origins, dirs, self.query, background, extras, **options)
+
+    def _steps(self) -> tuple[float, float, float]:
+        """Near plane, least step and growth of the steps."""
+        if self.grid.density.shape[0] > 1:
+            return self.config.near, self.step, self.config.cone
+        return 0.0, self.step, 0.0
+
+    def _query(self, xyz: Tensor, codes: Tensor) -> tuple[Tensor, Tensor]:
+        sigmas, features = self._decode(xyz)
+        return sigmas, self.color_mlp(torch.cat([features, codes], -1))
+
+    def _decode(self, xyz: Tensor) -> tuple[Tensor, Tensor]:
+        """Densities [S] and what the colour network gets."""
+        unit = (xyz - xyz.new_tensor(self.center)) / self.radius
+        encoded = self.encoding((contract(unit) + 2) / 4 if len(self.grid.density) > 1 else (unit + 1) / 2)
+        raw, features = self._split(encoded)
+        return _TruncatedExp.apply(raw) / self.radius, features
+
+    def _split(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
+        """Logarithm of the density [S], in units of `radius`, and what the colour network gets."""
+        assert self.density_mlp is not None
+        features = self.density_mlp(encoded)
+        return features[:, 0], features
+
+
+class HashField(Field):
+    """Features in hash tables on grids of cubes (Instant NGP, arXiv:2201.05989)."""
+
+    def make_encoding(self, config: FieldConfig) -> Grid:
+        """See `Field`."""
+        return _grid(config, "cubes")
+
+
+class SimplexField(Field):
+    """Features in hash tables on grids of simplices (arXiv:2311.15439): four corners are read instead of eight."""
+
+    def make_encoding(self, config: FieldConfig) -> Grid:
+        """See `Field`."""
+        return _grid(config, "simplices")
+
+
+class VoxelField(Field):
+    """Stored voxels from coarse to fine, after Direct Voxel Grid Optimization (arXiv:2111.11215).
+
+    The logarithm of the density is interpolated before the exponential (their post-activation), and the sum over all
+    grids; the colour network gets all features. Departs from the paper in that coarse grids stay beside the fine ones
+    instead of being resampled to them.
+    """
+
+    def make_encoding(self, config: FieldConfig) -> Grid:
+        """See `Field`."""
+        encoding = _grid(config, "cubes")
+        if not bool((encoding.sides > 0).all()):
+            points = (config.finest + 2) ** 3
+            raise ValueError(f"log2_rows: expected room for {points} voxels, got {2**config.log2_rows}")
+        return encoding
+
+    def make_density_mlp(self, config: FieldConfig) -> tuple[None, int]:
+        """None: the density is stored."""
+        return None, self.encoding.out_dim
+
+    def _split(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
+        return encoded[:, :: self.config.features].sum(-1), encoded
+
+
+class _TruncatedExp(torch.autograd.Function):
+    """The exponential, whose gradient does not grow any more where it would overflow (Instant NGP's output activation)."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        out = x.clamp(max=_MOST_EXPONENT).exp()
+        ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *v_out: Tensor) -> Tensor:
+        (out,) = ctx.saved_tensors
+        return v_out[0] * out
+
+
+def _grid(config: FieldConfig, cells: Literal["cubes", "simplices"]) -> Grid:
+    sizes: dict[str, int] = {
+        name: getattr(config, name) for name in ("levels", "features", "log2_rows", "coarsest", "finest")
+    }
+    return Grid(3, cells=cells, **sizes)
+
+
+def _all_pixels(cameras: Cameras) -> Tensor:
+    """[C H W, 3] camera, column and row of every pixel, row by row."""
+    device = cameras.viewmats.device
+    sizes = (len(cameras), cameras.height, cameras.width)
+    camera, row, column = torch.meshgrid(*(torch.arange(n, device=device) for n in sizes), indexing="ij")
+    return torch.stack([camera, column, row], -1).view(-1, 3)
