@@ -63,3 +63,10 @@ REPRESENTATIONS: dict[str, type[Representation]] = {
     "voxel": VoxelField,
 }
 """3D Gaussians with harmonic colour; radiance fields on hashed grids of cubes and of simplices, and on voxels."""
+
+
+def size_of(scene: Representation) -> tuple[str, int]:
+    """What a scene is made of and how many: "primitives", or "parameters" where it has none."""
+    if (primitives := getattr(scene, "num_primitives", None)) is not None:
+        return "primitives", int(primitives)
+    return "parameters", sum(p.numel() for group in scene.param_groups() for p in group["params"])

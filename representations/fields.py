@@ -195,7 +195,8 @@ class Field(nn.Module):
         unit = (xyz - xyz.new_tensor(self.center)) / self.radius
         encoded = self.encoding((contract(unit) + 2) / 4 if len(self.grid.density) > 1 else (unit + 1) / 2)
         raw, features = self._split(encoded)
-        return _TruncatedExp.apply(raw) / self.radius, features
+        sigmas: Tensor = _TruncatedExp.apply(raw)  # type: ignore[no-untyped-call]
+        return sigmas / self.radius, features
 
     def _split(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
         """Logarithm of the density [S], in units of `radius`, and what the colour network gets."""
@@ -260,9 +261,8 @@ class _TruncatedExp(torch.autograd.Function):
 
 
 def _grid(config: FieldConfig, cells: Literal["cubes", "simplices"]) -> Grid:
-    sizes: dict[str, int] = {
-        name: getattr(config, name) for name in ("levels", "features", "log2_rows", "coarsest", "finest")
-    }
+    names = ("levels", "features", "log2_rows", "coarsest", "finest")
+    sizes: dict[str, Any] = {name: getattr(config, name) for name in names}
     return Grid(3, cells=cells, **sizes)
 
 

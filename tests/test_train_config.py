@@ -13,6 +13,8 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 
+from prismfield.representations.base import REPRESENTATIONS
+from prismfield.representations.config import TRAINED_BY
 from prismfield.train.config import (
     TrainConfig,
     changed_options,
@@ -24,6 +26,7 @@ from prismfield.train.config import (
     resolved,
     to_json,
 )
+from prismfield.train.strategies.base import STRATEGIES
 
 
 def options(cls: type = TrainConfig, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -63,14 +66,13 @@ def another(hint: Any, value: Any) -> Any:
 def everything_changed() -> TrainConfig:
     config = TrainConfig()
     for name, hint in options():
-        if hint != Literal["gaussians"]:  # there is no other
-            config = with_option(config, name, another(hint, value_of(config, name)))
-    return config
+        config = with_option(config, name, another(hint, value_of(config, name)))
+    return replace(config, strategy="occupancy")
 
 
 def test_every_option_survives_its_file() -> None:
     changed = everything_changed()
-    names = [name for name, hint in options() if hint != Literal["gaussians"]]
+    names = [name for name, _ in options()]
     assert len(names) > 60
     assert changed_options(TrainConfig(), changed) == names
     for config in (TrainConfig(), changed):
@@ -97,7 +99,7 @@ def test_options_that_a_file_lacks_take_their_defaults() -> None:
         ('{"viewer": 1}', "viewer: expected bool, got 1"),
         ('{"seed": true}', "seed: expected int, got True"),
         ('{"scene": null}', "scene: expected str, got None"),
-        ('{"strategy": "magic"}', "strategy: expected adc or mcmc or fixed, got 'magic'"),
+        ('{"strategy": "magic"}', "strategy: expected adc or mcmc or fixed or occupancy, got 'magic'"),
         ('{"schedule": {"resolution": [0.5, "a"]}}', r"schedule\.resolution: expected float, got 'a'"),
         ('{"schedule": {"resolution": 0.5}}', r"schedule\.resolution: expected tuple, got 0\.5"),
     ],
@@ -126,8 +128,26 @@ def test_defaults_that_depend_on_others(strategy: Any, length: dict[str, Any]) -
     words = ["--strategy", strategy] if strategy != "adc" else []
     words += [word for name, value in length.items() for word in (f"--{name}", str(value))]
     assert command_line(config) == " ".join(["render-train", "--scene", "garden", *words])
+    assert config.strategy == strategy
     own = resolved(with_option(TrainConfig(strategy=strategy), "loss.opacity_reg", 0.0))
     assert own.loss.opacity_reg == 0.0
+
+
+@pytest.mark.parametrize("representation", TRAINED_BY)
+def test_the_default_strategy_suits_the_representation(representation: Any) -> None:
+    config = resolved(TrainConfig(representation=representation))
+    check_config(config)
+    assert config.strategy == TRAINED_BY[representation][0] and config.strategy in STRATEGIES
+    words = ["--representation", representation] if representation != "gaussians" else []
+    assert command_line(config) == " ".join(["render-train", "--scene", "garden", *words])
+    assert set(TRAINED_BY) == set(REPRESENTATIONS)
+
+
+@pytest.mark.parametrize(("representation", "strategy"), [("hash", "adc"), ("gaussians", "occupancy")])
+def test_a_strategy_for_something_else(representation: Any, strategy: Any) -> None:
+    expected = " or ".join(TRAINED_BY[representation])
+    with pytest.raises(ValueError, match=rf"^--strategy {strategy}: expected {expected} for {representation}$"):
+        check_config(TrainConfig(representation=representation, strategy=strategy))
 
 
 def test_the_defaults_make_sense_and_so_does_every_other_value() -> None:
@@ -156,6 +176,8 @@ def test_numbers_that_cannot_be_are_refused_by_name(name: str, value: float) -> 
         ("threads", 0, 4096),
         ("viewer_port", 1, 65535),
         ("schedule.settle", 0, 1),
+        ("schedule.samples", 1, None),
+        ("occupancy.interval", 1, None),
         ("adc.stop", 0, 1),
         ("pause_at", 0, None),
     ],
@@ -182,7 +204,7 @@ def test_only_what_shaped_a_run_must_stay() -> None:
     free = {"steps", "minutes", "resume", "pause_at", "viewer", "viewer_port", "threads", "data.cache_mb"}
     free |= {name for name, _ in options() if name.startswith("log.")}
     for name, hint in options():
-        value = another(hint, value_of(saved, name)) if hint != Literal["gaussians"] else "others"
+        value = another(hint, value_of(saved, name))
         changed = replace(with_option(saved, name, value), resume=Path("run"))
         if name in free:
             check_resumed(changed, saved)

@@ -236,12 +236,12 @@ class PixelBatches:
         for place, index in enumerate(self.held):
             if self._loaded[place] != index:
                 self._load(place, index)
-        place = torch.randint(len(self.held), (self.rays,), generator=self.generator)
-        view = torch.tensor(self.held)[place]
+        places = torch.randint(len(self.held), (self.rays,), generator=self.generator)
+        view = torch.tensor(self.held)[places]
         width, height = self._sizes[view].unbind(-1)
         share = torch.rand(self.rays, generator=self.generator, dtype=torch.float64)
         pixel = (share * (width * height)).long()
-        at = (place * self._room + pixel).to(self.device)
+        at = (places * self._room + pixel).to(self.device)
         behind = torch.full((len(self.views), 3), self.background)
         if self.random_background:
             behind = torch.rand(len(self.views), 3, generator=self.generator)
@@ -307,10 +307,8 @@ class PixelBatches:
         if self.cut_out:
             view = cut_out(view)
         self._put("rgb", place, view.rgb, 0)
-        alpha = view.alpha
-        self._put(
-            "alpha", place, None if alpha is None else alpha.float() / (255 if alpha.dtype == torch.uint8 else 1), 1
-        )
+        opaque = 255 if view.rgb.dtype == torch.uint8 else 1
+        self._put("alpha", place, None if view.alpha is None else view.alpha.float() / opaque, 1)
         self._put("mask", place, view.mask if self.use_masks else None, True)
         self._put("depth", place, view.depth if self.with_depth else None, 0)
         self._loaded[place] = index

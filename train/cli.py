@@ -88,12 +88,14 @@ def train_run(config: TrainConfig) -> tuple[Path, bool]:
 
 
 def _describe(session: Session) -> None:
+    from prismfield.representations.base import size_of
+
     data, views = session.data, session.train_views
     width, height = views.size(0)
-    count = getattr(session.scene, "num_primitives", 0)
+    what, count = size_of(session.scene)
     log.info(
-        "%s: %d images for training, %d for testing (%s), the first %dx%d; %d primitives",
-        data.name, len(data.train), len(data.test), data.split, width, height, count,
+        "%s: %d images for training, %d for testing (%s), the first %dx%d; %d %s",
+        data.name, len(data.train), len(data.test), data.split, width, height, count, what,
     )  # fmt: skip
 
 

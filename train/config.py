@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from prismfield.representations.config import SIMPLEX, STRATEGIES, TRIPLANE, VOXEL, FieldConfig, GaussiansConfig
+from prismfield.representations.config import SIMPLEX, TRAINED_BY, TRIPLANE, VOXEL, FieldConfig, GaussiansConfig
 from prismfield.train.strategies.config import AdcConfig, McmcConfig, OccupancyConfig
 
 DEFAULT_STEPS = 4000
@@ -166,8 +166,8 @@ def check_config(config: TrainConfig) -> None:
     """Raise a ValueError naming the first option that makes no sense."""
     infinity, least = float("inf"), 1e-12
     positive = ("steps", "minutes", "downscale", "max_primitives", "data.cache_mb", "data.initial_points", "log.every")
-    positive += ("schedule.samples", "occupancy.interval")
     limits = dict.fromkeys((*positive, "gaussians.init_scale"), (least, infinity))
+    limits |= dict.fromkeys(("schedule.samples", "occupancy.interval"), (1, infinity))
     shares = ("loss.ssim_weight", "schedule.settle", "gaussians.init_opacity", "adc.stop", "mcmc.stop")
     limits |= dict.fromkeys(shares, (0, 1))
     limits |= {
@@ -183,7 +183,7 @@ def check_config(config: TrainConfig) -> None:
         if isinstance(value, int | float) and not low <= value <= high:
             expected = f"{low} to {high}" if high < infinity else "a positive number" if low == least else "0 or more"
             raise ValueError(f"--{_flag(name)}: expected {expected}, got {value}")
-    if config.strategy not in (None, *(strategies := STRATEGIES[config.representation])):
+    if config.strategy not in (None, *(strategies := TRAINED_BY[config.representation])):
         raise ValueError(
             f"--strategy {config.strategy}: expected {' or '.join(strategies)} for {config.representation}"
         )
@@ -194,7 +194,7 @@ def check_config(config: TrainConfig) -> None:
 
 def resolved(config: TrainConfig) -> TrainConfig:
     """The same training with every default that depends on another option spelled out."""
-    strategy: Any = config.strategy or STRATEGIES[config.representation][0]
+    strategy: Any = config.strategy or TRAINED_BY[config.representation][0]
     reg = 0.01 if strategy == "mcmc" else 0.0
     loss = config.loss
     loss = replace(

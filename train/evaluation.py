@@ -18,7 +18,8 @@ from torch import Tensor
 
 from prismfield.datasets.views import Views
 from prismfield.render.cameras import Cameras
-from prismfield.representations.base import Representation
+from prismfield.representations.base import Representation, size_of
+from prismfield.representations.gaussians import Gaussians
 from prismfield.train.cli import choose_device, show_log, use_backend, use_threads
 from prismfield.train.contact_sheet import Row, check_picture, contact_sheet, make_row
 from prismfield.train.eval_cli import EvalConfig
@@ -86,7 +87,7 @@ def evaluate_run(config: EvalConfig) -> dict[str, Any]:
     seconds = frame_seconds(run.scene, [views.camera(i) for i in range(len(views))], run.background, device)
     numbers: dict[str, Any] = {
         **{name: evaluation.mean(name) for name in evaluation.scores if not name.startswith("lpips_")},
-        "num_primitives": int(getattr(run.scene, "num_primitives", 0)),
+        f"num_{size_of(run.scene)[0]}": size_of(run.scene)[1],
         "bytes": exported_bytes(run),
         "fps": 1 / seconds,
         "frame_seconds": seconds,
@@ -176,12 +177,15 @@ def _wait(device: torch.device) -> None:
 
 
 def exported_bytes(run: Run) -> int:
-    """Size of the scene in the format it is exported to, the .ply of 3D Gaussian Splatting."""
+    """Size of Gaussians as the .ply of 3D Gaussian Splatting, of anything else as it is stored in a checkpoint."""
     from prismfield.export.assets import SplatAsset  # not at the top: export builds on train
     from prismfield.export.ply import ply_bytes
 
-    antialiased = run.config.gaussians.antialiased
-    return ply_bytes(SplatAsset.from_tensors(run.scene.tensors(), run.frame, antialiased=antialiased))
+    tensors = run.scene.tensors()
+    if not isinstance(run.scene, Gaussians):
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    antialiased = run.scene.config.antialiased
+    return ply_bytes(SplatAsset.from_tensors(tensors, run.frame, antialiased=antialiased))
 
 
 def protocol(run: Run, views: Views, split: str, *, use_masks: bool) -> str:
@@ -216,7 +220,8 @@ def _print(evaluation: Evaluation, numbers: dict[str, Any], written: list[str]) 
     console.print(table)
     milliseconds = 1e3 * numbers["frame_seconds"]
     console.print(f"speed       {numbers['fps']:.1f} frames a second (median {milliseconds:.1f} ms, rendering alone)")
-    console.print(f"size        {numbers['num_primitives']:,} primitives, {numbers['bytes']:,} bytes as .ply")
+    what, form = ("primitives", "as .ply") if "num_primitives" in numbers else ("parameters", "as stored")
+    console.print(f"size        {numbers[f'num_{what}']:,} {what}, {numbers['bytes']:,} bytes {form}")
     console.print(f"training    {numbers['steps']} steps in {numbers['seconds_trained']:.1f} s")
     console.print(f"protocol    {numbers['protocol']}")
     console.print(f"computed by {numbers['kernels']}")

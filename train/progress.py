@@ -83,12 +83,16 @@ class Progress:
             "progress": clock.progress,
             "loss": sum(terms.values()),
             "psnr": psnr if math.isnan(before) else before if math.isnan(psnr) else before + 0.1 * (psnr - before),
-            "primitives": getattr(session.scene, "num_primitives", 0),
             "steps_per_second": self._speed(),
         }
+        if (primitives := getattr(session.scene, "num_primitives", None)) is not None:
+            self.latest["primitives"] = primitives
+        if (rays := getattr(session.batches, "rays", None)) is not None:
+            self.latest["rays"] = rays
         if clock.step // config.log.every > self._noted // config.log.every or clock.done or self._noted == 0:
             self._noted = clock.step
-            values = {name: self.latest[name] for name in ("loss", "psnr", "primitives", "steps_per_second")}
+            names = ("loss", "psnr", "primitives", "rays", "steps_per_second")
+            values = {name: self.latest[name] for name in names if name in self.latest}
             values |= {f"loss/{name}": value for name, value in terms.items()}
             values |= {f"lr/{group['name']}": group["lr"] for group in session.optimizer.param_groups}
             values["memory_mib"] = peak_memory() / 2**20
@@ -124,7 +128,7 @@ class Progress:
         clock, latest = session.clock, self.latest
         count = f"step {clock.step}" + (f"/{clock.steps}" if clock.steps is not None else "")
         parts = [f"loss {latest['loss']:.4f}", f"PSNR {latest['psnr']:.2f}"]
-        if latest["primitives"]:
+        if "primitives" in latest:
             parts.append(f"{latest['primitives']:,} primitives")
         parts.append(f"{latest['steps_per_second']:.1f} it/s")
         left = clock.seconds_left(latest["steps_per_second"])

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from prismfield.datasets.views import Views
+from prismfield.representations.base import size_of
 from prismfield.train.config import command_line
 from prismfield.train.evaluate import ViewResult, mean_scores, write_image
 from prismfield.train.folder import REPORT, STRIP, write_text
@@ -35,11 +36,12 @@ def write_report(session: Session, folder: Path, results: list[ViewResult], *, s
         write_image(folder / STRIP, picture_strip(results))
         lines += [f"![renders beside photographs]({STRIP})", "", "Left: rendered. Right: the photograph.", ""]
     scores = mean_scores(results)
+    what, count = size_of(session.scene)
     nothing = "nothing in the test views counts" if results else "no test views"
     numbers = {
         "test PSNR": f"{scores['psnr']:.2f} dB" if scores else nothing,
         "test SSIM": f"{scores['ssim']:.4f}" if scores else nothing,
-        "primitives": f"{getattr(session.scene, 'num_primitives', 0):,}",
+        what: f"{count:,}",
         "training": f"{clock.step} steps in {clock.seconds:.1f} s, {1e3 * clock.seconds / max(clock.step, 1):.1f} ms a step",
         "in all": f"{seconds:.1f} s with reading, tests, checkpoints and pictures (this process)",
         "peak memory": _memory(session.device),

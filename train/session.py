@@ -17,6 +17,7 @@ from prismfield.datasets.initial import initial_points
 from prismfield.datasets.scenes import find_scene, load_scene
 from prismfield.datasets.views import Views
 from prismfield.representations.base import REPRESENTATIONS, Representation
+from prismfield.representations.config import TRAINED_BY
 from prismfield.representations.gaussians import Gaussians
 from prismfield.train.batches import COLORS, Batches, PixelBatches
 from prismfield.train.checkpoint import load_checkpoint, save_checkpoint
@@ -153,8 +154,9 @@ def start_session(config: TrainConfig, device: torch.device, folder: Path | None
     scene = (initial_scene(config, data) if saved is None else scene_from_checkpoint(config, *saved)).to(device)
     exposure = Exposure(len(train_views)).to(device) if config.exposure.enabled else None
     poses = PoseDeltas(len(train_views)).to(device) if config.pose.enabled else None
-    strategy = STRATEGIES[config.strategy](
-        getattr(config, config.strategy, None), scene, max_primitives=config.max_primitives, seed=config.seed
+    name = config.strategy or TRAINED_BY[config.representation][0]
+    strategy = STRATEGIES[name](
+        getattr(config, name, None), scene, max_primitives=config.max_primitives, seed=config.seed
     )
     batches = make_batches(config, scene.batching, train_views, background, batch_budget, device)
     session = Session(
