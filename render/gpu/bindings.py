@@ -5,3 +5,4 @@ from prismfield.render.gpu.project import project_backward as project_backward
 from prismfield.render.gpu.project import project_forward as project_forward
 from prismfield.render.gpu.sh import sh_backward as sh_backward
 from prismfield.render.gpu.sh import sh_forward as sh_forward
+from prismfield.render.gpu.ssim import photometric_loss as photometric_loss
