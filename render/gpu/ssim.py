@@ -5,8 +5,9 @@ to the eleven rows that it reaches, ten of which wait in registers, so that a ro
 row that it needs has been read. Two such passes: the first reads both images and writes three derivatives of SSIM, the second
 blurs those and writes the gradient. Channels are interleaved, as they come: a pixel k away is k * CHANNELS numbers away.
 
-Bound by memory if the neighbours along x come from the cache: eleven floats a value are read or written, those that are blurred
-ROWS + 10 rows for each ROWS; against some 400 operations a value. Each program writes its sums, and one adds them up in order.
+Eleven floats a value are read or written, those that are blurred ROWS + 10 rows for each ROWS, if the neighbours along x come from
+the cache; against some 450 instructions a value. On paper both take about as long. Each program writes its sums, and one program
+adds them up, always in the same order.
 """
 
 from __future__ import annotations
