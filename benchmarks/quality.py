@@ -54,10 +54,9 @@ OPENSPLAT = {
 """OpenSplat 1.1.5 on two CPU cores, same images and test views: seconds of training to dB."""
 
 
-def train(name: str, data: Path, runs: Path) -> dict[str, Any]:
-    """Run one training; what it reached."""
-    folder = runs / name
-    words = TRAININGS[name].split()
+def train(options: str, data: Path, folder: Path) -> dict[str, Any]:
+    """Run one training with these options of render-train; what it reached."""
+    words = options.split()
     command = [sys.executable, "-m", "prismfield.train.cli", *(word.replace("DATA", str(data)) for word in words)]
     began = time.monotonic()
     subprocess.run([*command, "--out", str(folder), "--log.tests", "14"], check=True)
@@ -65,7 +64,7 @@ def train(name: str, data: Path, runs: Path) -> dict[str, Any]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     tests = [line for line in lines if "test/psnr" in line]
     report = (folder / "report.md").read_text()
-    memory = re.search(r"peak memory \| (\d+) MiB", report)
+    memory = re.search(r"peak memory \| (\d+) MiB(?: and (\d+) MiB on the GPU)?", report)
     computed = re.search(r"computed by \| (.*) \|", report)
     assert memory and computed
     return {
@@ -77,6 +76,7 @@ def train(name: str, data: Path, runs: Path) -> dict[str, Any]:
         "seconds_whole_command": round(whole, 1),
         "primitives": [line["primitives"] for line in lines if "primitives" in line][-1],
         "peak_memory_mib": int(memory[1]),
+        **({"peak_gpu_memory_mib": int(memory[2])} if memory[2] else {}),
         "computed_by": computed[1],
         "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
         "curve": [[line["seconds"], round(line["test/psnr"], 2)] for line in tests],
@@ -123,7 +123,8 @@ def main() -> None:
     TABLE.parent.mkdir(exist_ok=True)
     with tempfile.TemporaryDirectory() as temporary:
         for name in [] if options.list else options.only:
-            table[name] = train(name, options.data.resolve(), options.runs_folder or Path(temporary))
+            runs = options.runs_folder or Path(temporary)
+            table[name] = train(TRAININGS[name], options.data.resolve(), runs / name)
             ordered = {key: table[key] for key in TRAININGS if key in table}
             TABLE.write_text(json.dumps(ordered, indent=1) + "\n")
     for name, words in TRAININGS.items():

@@ -50,13 +50,13 @@ class Clock:
         self.last = time.perf_counter()
 
 
-def our_run(scene: SyntheticScene, upstream: dict[str, torch.Tensor], full: bool) -> Stages:
-    """One forward and backward pass through the registered ops, stage by stage."""
+def our_run(scene: SyntheticScene, upstream: dict[str, torch.Tensor], full: bool, clock: Any = None) -> Stages:
+    """One forward and backward pass through the registered ops, stage by stage; `clock` is a `Clock` or laps like one."""
     cameras, degree = scene.cameras, 3 if full else 0
     size = (cameras.width, cameras.height)
     gaussians = (scene.means, scene.quats, scene.scales, scene.opacities, cameras.viewmats, cameras.Ks, *size, False)
     nothing = scene.means.new_zeros(0)
-    clock = Clock()
+    clock = Clock() if clock is None else clock
     params, depths, radii = project_op._project(*gaussians)
     clock.lap("project")
     colour = (scene.sh0, scene.shN, scene.means, cameras.viewmats, radii, degree)

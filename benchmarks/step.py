@@ -21,9 +21,8 @@ from typing import Any
 
 import torch
 
+from prismfield.render import kernels as kernels_module
 from prismfield.render.kernels import description, kernels
-from prismfield.render.ops import adam, composite, project, sh, ssim
-from prismfield.render.ops import bin as bin_op
 from prismfield.train.cli import use_threads
 from prismfield.train.config import parse_arguments, resolved
 from prismfield.train.loop import training_step
@@ -95,8 +94,7 @@ def main() -> None:
     run_steps(session, options.steps)
 
     watch = Stopwatch()
-    for module in (adam, bin_op, composite, project, sh, ssim):
-        module.kernels = TimedKernels(kernels, watch)  # type: ignore[attr-defined]
+    kernels_module.kernels = TimedKernels(kernels, watch)
     session.batches.next = watch.wrap("next", session.batches.next)  # type: ignore[method-assign]
     session.strategy.after_step = watch.wrap("after_step", session.strategy.after_step)  # type: ignore[method-assign]
     seconds = run_steps(session, options.runs)

@@ -74,20 +74,60 @@ def _why_missing() -> str:
     return "this installation has none; install with pip, with a C++20 compiler at hand"
 
 
+def load_gpu_kernels() -> tuple[Any, str]:
+    """The Triton kernels (or None) and one line that says which they are and why.
+
+    Triton comes with every build of PyTorch for GPUs on Linux; elsewhere the reference runs.
+    """
+    wanted = os.environ.get("PRISMFIELD_KERNELS", "")
+    if wanted == "reference":
+        return None, "reference (PRISMFIELD_KERNELS=reference)"
+    if find_spec("triton") is None:
+        return None, "slow reference instead of the Triton kernels: triton is not installed; pip install triton"
+    try:
+        import triton
+
+        return importlib.import_module("prismfield.render.gpu.bindings"), f"Triton {triton.__version__}"
+    except Exception as error:  # a broken or too old Triton fails in its own ways
+        return None, f"slow reference instead of the Triton kernels: they cannot be loaded ({error})"
+
+
+class _Late:
+    """What `load_gpu_kernels` gives, asked for once and only where there is a GPU: importing Triton takes a second."""
+
+    loaded: tuple[Any, str] | None = None
+
+    def __call__(self) -> tuple[Any, str]:
+        if self.loaded is None:
+            self.loaded = load_gpu_kernels()
+        return self.loaded
+
+
+DEVICES = ("cpu", "cuda")
+"""Types of devices that there are kernels for; PyTorch calls AMD's GPUs "cuda", too."""
+
 kernels: ModuleType | Any
 kernels, description = load_kernels(os.environ.get("PRISMFIELD_KERNELS", ""))
+gpu_kernels = _Late()
+"""The kernels for GPUs, and a line about them."""
 told = False
 """Whether the user knows that the reference runs."""
 enabled = True
 """False: run the references even where kernels are at hand."""
 
 
+def kernels_of(tensor: Tensor) -> Any:
+    """The kernels for the device of `tensor`: the compiled module, or Triton's with the same functions. None if there are none."""
+    return kernels if tensor.device.type == "cpu" else gpu_kernels()[0]
+
+
 def use_kernel(tensor: Tensor) -> bool:
-    """Whether a compiled kernel takes this tensor; otherwise the caller runs the reference, and the first one says why."""
+    """Whether a kernel takes this tensor; otherwise the caller runs the reference, and the first one says why."""
     global told
-    if not enabled or tensor.device.type != "cpu" or tensor.dtype != torch.float32:
+    if not enabled or tensor.device.type not in DEVICES or tensor.dtype != torch.float32:
         return False
-    if kernels is None and not told:
+    found = kernels_of(tensor)
+    if found is None and not told:
         told = True
-        log.warning(description)
-    return kernels is not None
+        log.warning(description if tensor.device.type == "cpu" else gpu_kernels()[1])
+    return found is not None

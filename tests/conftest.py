@@ -16,6 +16,25 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+if not torch.cuda.is_available():
+    os.environ.setdefault(
+        "TRITON_INTERPRET", "1"
+    )  # read when a kernel is defined: Triton's then run on the CPU, slowly
+
+
+@pytest.fixture
+def triton_device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
+    """Where the Triton kernels run, and from now on all ops: a GPU, or without one the CPU, interpreted."""
+    pytest.importorskip("triton", reason="Triton is not installed: pip install triton")
+    if torch.cuda.is_available():
+        return torch.device("cuda")
+    from prismfield.render import kernels
+    from prismfield.render.gpu import bindings
+
+    monkeypatch.setattr(kernels, "kernels", bindings)
+    return torch.device("cpu")
+
+
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
     """Folder of real captures: `data` in $PRISMFIELD_SHARED, by default in `shared` beside the repository."""

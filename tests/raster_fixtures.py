@@ -12,10 +12,6 @@ from torch import Tensor
 
 from prismfield.render import kernels as kernels_module
 from prismfield.render.cameras import Cameras
-from prismfield.render.ops import bin as bin_op
-from prismfield.render.ops import composite as composite_op
-from prismfield.render.ops import project as project_op
-from prismfield.render.ops import sh as sh_op
 from prismfield.render.ops.constants import ALPHA_MAX, ALPHA_MIN, TRANS_MIN
 from prismfield.render.ops.primitives import PRIMITIVES
 from prismfield.render.ops.project import rotation_matrices
@@ -114,8 +110,7 @@ def usable_levels() -> list[Any]:
 
 def use_kernels(monkeypatch: pytest.MonkeyPatch, module: Any) -> None:
     """Run the rasterizer's ops on one build of the kernels."""
-    for op in (project_op, sh_op, bin_op, composite_op):
-        monkeypatch.setattr(op, "kernels", module)
+    monkeypatch.setattr(kernels_module, "kernels", module)
 
 
 def cotangents(*outputs: Tensor, seed: int = 5) -> list[Tensor]:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from prismfield.render import kernels as kernels_module
 from prismfield.render.kernels import LEVELS, kernels, load_kernels
-from prismfield.render.ops import adam as adam_ops
 from prismfield.render.ops.adam import adam_step, adam_step_reference
 from prismfield.train.optimizer import FusedAdam
 from prismfield.train.strategies.rows import append_rows, keep_rows
@@ -25,7 +25,7 @@ def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
         module, _ = load_kernels(request.param)
     except ValueError as error:
         pytest.skip(str(error))
-    monkeypatch.setattr(adam_ops, "kernels", module)
+    monkeypatch.setattr(kernels_module, "kernels", module)
     return request.param
 
 

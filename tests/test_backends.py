@@ -15,6 +15,7 @@ from torch import Tensor
 from prismfield.render import backends
 from prismfield.render import kernels as kernels_module
 from prismfield.render.rasterize import rasterize_gaussians
+from prismfield.train.cli import choose_device, use_backend
 
 from .raster_fixtures import make_cameras, make_gaussians
 
@@ -37,6 +38,28 @@ def test_gsplat_needs_gsplat(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match=r"^--backend gsplat: gsplat cannot be imported \(.+\); pip install gsplat$"):
         backends.choose("gsplat", torch.device("cuda"))
     assert backends.current() == "auto"
+
+
+def test_gsplat_needs_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it cannot build them it imports all the same."""
+    install(monkeypatch, lambda *_: None)
+    backends.choose("gsplat", torch.device("cuda"))
+    assert backends.current() == "gsplat"
+    backends.choose("auto", torch.device("cuda"))
+    install(monkeypatch, lambda *_: None, compiled=None)
+    with pytest.raises(ValueError, match=r"^--backend gsplat: gsplat has no compiled kernels"):
+        backends.choose("gsplat", torch.device("cuda"))
+    assert backends.current() == "auto"
+
+
+def install(monkeypatch: pytest.MonkeyPatch, rasterization: Any, compiled: Any = "kernels") -> None:
+    """Put a gsplat in the place of whatever is installed."""
+    packages = {
+        "gsplat": SimpleNamespace(rasterization=rasterization),
+        "gsplat.cuda._backend": SimpleNamespace(_C=compiled),
+    }
+    for name, package in packages.items():
+        monkeypatch.setitem(sys.modules, name, package)
 
 
 @pytest.mark.skipif(kernels_module.kernels is None, reason="no compiled kernels")
@@ -64,6 +87,73 @@ def test_the_reference_without_kernels(monkeypatch: pytest.MonkeyPatch, caplog: 
     assert (got - wanted).abs().mean() < 1e-5
 
 
+class Adam:
+    """Kernels of which `backends.gpu_kernels` runs one."""
+
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+
+    def adam_step(self, *_: Any) -> None:
+        if self.error is not None:
+            raise self.error
+
+
+TRITON = "Triton 3.9.0"
+NO_TRITON = "slow reference instead of the Triton kernels: triton is not installed; pip install triton"
+
+
+@pytest.fixture
+def card(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """A machine with a GPU, as far as these modules see; what is made on it is made on the CPU."""
+    zeros, empty = torch.zeros, torch.empty
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device=None: "NVIDIA H200")
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda _device=None: None)
+    monkeypatch.setattr(torch, "zeros", lambda *size, device=None: zeros(*size))
+    monkeypatch.setattr(torch, "empty", lambda *size, device=None, **options: empty(*size, **options))
+    monkeypatch.setattr(kernels_module.gpu_kernels, "loaded", (Adam(), TRITON))
+    monkeypatch.setattr(kernels_module, "told", False)
+    return monkeypatch
+
+
+def test_a_gpu_is_taken_where_its_kernels_run(card: pytest.MonkeyPatch) -> None:
+    device = choose_device("auto")
+    assert device.type == "cuda"
+    assert use_backend("auto", device) == "Triton 3.9.0 on NVIDIA H200"
+    assert use_backend("reference", device) == "the PyTorch reference on NVIDIA H200, as --backend asks"
+    assert choose_device("auto", "reference").type == "cpu"
+    install(card, lambda *_: None)
+    card.setattr("importlib.metadata.version", {"gsplat": "1.5.3"}.__getitem__)
+    assert choose_device("auto", "gsplat").type == "cuda"
+    assert use_backend("gsplat", device) == "gsplat 1.5.3 on NVIDIA H200"
+
+
+@pytest.mark.parametrize("broken", ["missing", "no compiler"])
+def test_without_triton_the_cpu_trains_and_says_why(broken: str, card: pytest.MonkeyPatch) -> None:
+    if broken == "missing":
+        reason, loaded = NO_TRITON, (None, NO_TRITON)
+    else:
+        reason = "slow reference instead of the Triton kernels: they do not run (Failed to find C compiler.)"
+        loaded = (Adam(RuntimeError("Failed to find C compiler.\nPlease specify one")), TRITON)
+    card.setattr(kernels_module.gpu_kernels, "loaded", loaded)
+    device = choose_device("auto")
+    assert device.type == "cpu"
+    assert use_backend("auto", device).endswith(f"; NVIDIA H200 is left alone: {reason}")
+    assert "NVIDIA" not in use_backend("auto", device, "cpu")  # as asked for
+    cuda = choose_device("cuda")
+    assert cuda.type == "cuda" and not kernels_module.told
+    assert use_backend("auto", cuda, "cuda") == f"the {reason} on NVIDIA H200"
+    assert kernels_module.told
+    assert kernels_module.kernels_of(SimpleNamespace(device=cuda)) is None  # nothing else starts them
+
+
+def test_no_cuda_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert choose_device("auto").type == choose_device("auto", "gsplat").type == "cpu"
+    with pytest.raises(ValueError, match=r"^--device cuda: PyTorch .* finds no CUDA device; --device cpu trains"):
+        choose_device("cuda")
+
+
 class FakeGsplat:
     """Answers like `gsplat.rasterization` with recognisable numbers and remembers what it was asked."""
 
@@ -87,7 +177,7 @@ def test_what_gsplat_is_asked_and_what_becomes_of_its_answer(
     extras: tuple[str, ...], radii_axes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fake = FakeGsplat(radii_axes)
-    monkeypatch.setitem(sys.modules, "gsplat", SimpleNamespace(rasterization=fake.rasterization))
+    install(monkeypatch, fake.rasterization)
     monkeypatch.setattr(backends, "_current", "gsplat")
     cameras = make_cameras(2, 33, 21)
     g = make_gaussians(9, cameras).leaves()
@@ -110,6 +200,14 @@ def test_what_gsplat_is_asked_and_what_becomes_of_its_answer(
         assert out.absgrad.grad is None
         fake.means2d.absgrad = torch.ones(2, 9, 2)
         assert out.absgrad.grad is fake.means2d.absgrad
+
+
+def test_gsplat_has_no_median_depth(monkeypatch: pytest.MonkeyPatch) -> None:
+    install(monkeypatch, FakeGsplat().rasterization)
+    monkeypatch.setattr(backends, "_current", "gsplat")
+    cameras = make_cameras(1, 33, 21)
+    with pytest.raises(ValueError, match=r"^extras: expected no median_depth with --backend gsplat"):
+        make_gaussians(9, cameras).render(cameras, extras=("median_depth",))
 
 
 def test_gsplat_gets_no_lens(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prismfield.train.config import ExposureConfig, PoseConfig, TrainConfig, resolved
-from prismfield.train.corrections import Exposure, PoseDeltas
+from prismfield.train.corrections import Exposure, PoseDeltas, rotation_of
 from prismfield.train.loop import training_step
 from prismfield.train.session import Session, start_session
 
@@ -36,6 +36,17 @@ def test_poses_are_found_through_a_render() -> None:
     errors = (poses(start, 1).viewmats - cameras.viewmats).abs().max(), (start.viewmats - cameras.viewmats).abs().max()
     assert errors[0] < 1e-3 < 0.05 < errors[1]
     assert (poses.deltas[0] == 0).all()
+
+
+@pytest.mark.parametrize("length", [0.0, 1e-4, 0.0099, 0.0101, 0.5, 3.1])
+def test_rotations_are_matrix_exponentials(length: float) -> None:
+    """On both sides of where the series takes over (1e-2), with a gradient at zero."""
+    vector = torch.tensor([2.0, -3.0, 6.0], dtype=torch.float64) / 7 * length
+    x, y, z = vector.tolist()
+    cross = torch.tensor([[0.0, -z, y], [z, 0.0, -x], [-y, x, 0.0]], dtype=torch.float64)
+    torch.testing.assert_close(rotation_of(vector), torch.matrix_exp(cross), rtol=0, atol=1e-13)
+    torch.testing.assert_close(rotation_of(vector.float()), torch.matrix_exp(cross).float(), rtol=0, atol=3e-7)
+    assert torch.autograd.gradcheck(rotation_of, vector.requires_grad_())
 
 
 def test_exposures_are_found_through_a_render() -> None:

@@ -98,7 +98,8 @@ def test_every_import_is_a_declared_dependency() -> None:
     with_extras = names(base + [r for extra, requirements in extras.items() if extra != "dev" for r in requirements])
     undeclared, used = [], set()
     for module, path in package_files():
-        alone = "__main__" in path.read_text(encoding="utf-8")  # a program of its own may need an extra to start
+        # A program of its own may need an extra to start; the kernels for GPUs are imported where there is one.
+        alone = "__main__" in path.read_text(encoding="utf-8") or path.parent.name == "gpu"
         for anywhere in (False, True):
             for name, line in imports(path, anywhere=anywhere):
                 root = name.split(".")[0]

@@ -8,8 +8,8 @@ import torch
 from scipy.signal import convolve2d
 from torch import Tensor
 
+from prismfield.render import kernels as kernels_module
 from prismfield.render.kernels import LEVELS, kernels, load_kernels
-from prismfield.render.ops import ssim as ssim_ops
 from prismfield.render.ops.ssim import photometric_loss, photometric_loss_reference, ssim, ssim_map
 
 needs_kernels = pytest.mark.skipif(kernels is None, reason="no compiled kernels")
@@ -24,7 +24,7 @@ def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> st
         module, _ = load_kernels(request.param)
     except ValueError as error:
         pytest.skip(str(error))
-    monkeypatch.setattr(ssim_ops, "kernels", module)
+    monkeypatch.setattr(kernels_module, "kernels", module)
     return request.param
 
 

@@ -15,6 +15,7 @@ from prismfield.render.ops.project import rotation_matrices
 from prismfield.render.output import RenderOutput
 from prismfield.representations.config import GaussiansConfig
 from prismfield.representations.gaussians import Gaussians
+from prismfield.train.strategies import mcmc
 from prismfield.train.strategies.adc import Adc
 from prismfield.train.strategies.base import STRATEGIES
 from prismfield.train.strategies.config import AdcConfig, McmcConfig
@@ -450,7 +451,12 @@ class TestMcmc:
         strategy.after_step(0, 0.1, scene, make_optimizer(scene), fake_output(torch.zeros(1, 12, 2)))
         assert torch.equal(scene.means, before)
 
-    def test_noise_has_the_shape_of_the_gaussian_and_spares_the_opaque(self) -> None:
+    @pytest.mark.parametrize("at_once", [False, True])
+    def test_noise_has_the_shape_of_the_gaussian_and_spares_the_opaque(
+        self, at_once: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """At once: as on a GPU."""
+        monkeypatch.setattr(mcmc, "_all_at_once", lambda _device: at_once)
         one = make_scene(count=1)
         one.log_scales.data[:] = torch.tensor([0.3, 0.2, 0.05]).log()
         rows = {name: value.expand(6000, *value.shape[1:]) for name, value in one.tensors().items()}

@@ -45,17 +45,33 @@ class Batch:
         """`rgb` in 0..1."""
         return self.rgb.float() / 255 if self.rgb.dtype == torch.uint8 else self.rgb
 
+    @property
+    def nbytes(self) -> int:
+        """Memory of the pixels."""
+        tensors = (self.rgb, self.mask, self.depth)
+        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
     def to(self, device: torch.device) -> Self:
-        """The same batch on `device`."""
-        if self.rgb.device == device:
+        """The same batch on `device`; nobody waits for copies to a GPU, which come before what is computed there next."""
+        if device.type == "cpu" == self.rgb.device.type:
             return self
-        kept = {key: getattr(self, key) for key in ("cameras", "rgb", "mask", "depth", "background", "pixels")}
-        moved: dict[str, Any] = {key: value.to(device) for key, value in kept.items() if value is not None}
-        return replace(self, **moved)
+
+        def move(tensor: Tensor) -> Tensor:
+            is_upload = device.type == "cuda" and tensor.device.type == "cpu"
+            return (tensor.pin_memory() if is_upload else tensor).to(device, non_blocking=is_upload)
+
+        kept = {key: getattr(self, key) for key in ("rgb", "mask", "depth", "background", "pixels")}
+        moved: dict[str, Any] = {key: move(value) for key, value in kept.items() if value is not None}
+        cameras = replace(self.cameras, viewmats=move(self.cameras.viewmats), Ks=move(self.cameras.Ks))
+        return replace(self, cameras=cameras, **moved)
 
 
 class Batches:
-    """Training images in a new random order each epoch, at any resolution, decoded ahead."""
+    """Training images in a new random order each epoch, at any resolution, decoded ahead, on the device that trains.
+
+    On a GPU, an image and its camera stay there from the first time on while the byte budget lasts; the others are uploaded
+    each time, while the GPU still computes the step before.
+    """
 
     def __init__(
         self,
@@ -67,6 +83,7 @@ class Batches:
         cut_out: bool = False,
         seed: int = 0,
         byte_budget: int = 512 << 20,
+        device: torch.device | None = None,
     ) -> None:
         """Nothing is decoded yet.
 
@@ -77,7 +94,8 @@ class Batches:
             use_masks: leave masked pixels out.
             cut_out: what the masks leave out is transparent instead.
             seed: of the order and of the colours.
-            byte_budget: memory for images that were blended or shrunk, beside what `views` keep.
+            byte_budget: memory for images that were blended or shrunk, beside what `views` keep; on a GPU, for all.
+            device: where the batches go; the CPU if None.
         """
         self.views = views
         self.background = background
@@ -87,6 +105,7 @@ class Batches:
         self.order: list[int] = []
         """Views still to come in this epoch, the next one last."""
         self.byte_budget = byte_budget
+        self.device = torch.device("cpu") if device is None else device
         self._made: dict[int, Batch] = {}
         self._made_bytes = 0
         self._factor = 0
@@ -118,12 +137,12 @@ class Batches:
         shade = torch.full((1, 3), self.background)
         if self.random_background and is_blended:
             shade = torch.rand(1, 3, generator=self.generator)
-        batch = make_batch(view, index, shade, factor, self.use_masks)
-        size = batch.rgb.numel() * batch.rgb.element_size()
-        is_new = factor > 1 or is_blended  # otherwise the pixels are the view's own
-        if is_new and not (self.random_background and is_blended) and self._made_bytes + size <= self.byte_budget:
+        batch = make_batch(view, index, shade, factor, self.use_masks).to(self.device)
+        is_new = factor > 1 or is_blended or self.device.type != "cpu"  # otherwise the pixels are the view's own
+        is_lasting = is_new and not (self.random_background and is_blended)
+        if is_lasting and self._made_bytes + batch.nbytes <= self.byte_budget:
             self._made[index] = batch
-            self._made_bytes += size
+            self._made_bytes += batch.nbytes
         return batch
 
     def state_dict(self) -> dict[str, Tensor]:

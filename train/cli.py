@@ -6,6 +6,7 @@ import logging
 import os
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -60,7 +61,7 @@ def train_run(config: TrainConfig) -> tuple[Path, bool]:
 
     device = choose_device(config.device, config.backend)
     use_threads(config.threads)
-    kernels = use_backend(config.backend, device)
+    kernels = use_backend(config.backend, device, config.device)
     log.info("computed by %s", kernels)
     session = start_session(config, device, config.resume)
     _describe(session)
@@ -150,22 +151,24 @@ def _last_step(folder: Path) -> int:
 
 
 def choose_device(wanted: str, backend: str = "auto") -> torch.device:
-    """The device to train on.
+    """The device to train on: for "auto" CUDA where there is one and kernels that run on it.
 
     Raises:
         ValueError: CUDA is asked for and not there.
     """
     import torch
 
-    available = torch.cuda.is_available()
+    from prismfield.render import backends
+
+    cuda, available = torch.device("cuda"), torch.cuda.is_available()
     if wanted == "cuda" and not available:
         raise ValueError(
             f"--device cuda: PyTorch {torch.__version__} finds no CUDA device; --device cpu trains without one"
         )
-    # Of ours, only the plain PyTorch reference runs on CUDA yet, slower than the kernels on the CPU.
-    return torch.device(
-        "cuda" if wanted == "cuda" or (wanted == "auto" and available and backend == "gsplat") else "cpu"
-    )
+    if wanted == "auto" and available and backend == "auto":
+        # The plain PyTorch reference is slower there than the kernels on the CPU.
+        return torch.device("cpu") if backends.gpu_kernels(cuda)[0] is None else cuda
+    return cuda if wanted == "cuda" or (wanted == "auto" and available and backend == "gsplat") else torch.device("cpu")
 
 
 def use_threads(count: int) -> int:
@@ -182,8 +185,13 @@ def use_threads(count: int) -> int:
     return count
 
 
-def use_backend(backend: str, device: torch.device) -> str:
-    """Make `backend` the one that rasterizes; returns what will compute, in words.
+def use_backend(backend: str, device: torch.device, wanted: str = "auto") -> str:
+    """Make `backend` the one that rasterizes; returns what will compute, in words, and why it is not something faster.
+
+    Args:
+        backend: what `--backend` says.
+        device: what `choose_device` chose.
+        wanted: what `--device` says.
 
     Raises:
         ValueError: it cannot be used here.
@@ -193,16 +201,24 @@ def use_backend(backend: str, device: torch.device) -> str:
     from prismfield.render import backends, kernels
 
     backends.choose(backend, device)  # type: ignore[arg-type]
-    if backend == "gsplat":
-        return f"gsplat on {device}"
-    if device.type != "cpu":
-        return f"the PyTorch reference on {torch.cuda.get_device_name(device)}: kernels for GPUs come later"
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        if backend == "gsplat":
+            return f"gsplat {metadata.version('gsplat')} on {name}"
+        if backend == "reference":
+            return f"the PyTorch reference on {name}, as --backend asks"
+        found, line = backends.gpu_kernels(device)
+        kernels.told = kernels.told or found is None  # by what is returned
+        return f"{line if found is not None else f'the {line}'} on {name}"
     if backend == "reference":
         return "the PyTorch reference, as --backend asks"
+    beside = ""
+    if wanted == "auto" and torch.cuda.is_available():
+        beside = f"; {torch.cuda.get_device_name()} is left alone: {backends.gpu_kernels(torch.device('cuda'))[1]}"
     if kernels.kernels is None:
-        kernels.told = True  # by what is returned
-        return f"the {kernels.description}"
-    return f"{kernels.description}, {torch.get_num_threads()} threads"
+        kernels.told = True
+        return f"the {kernels.description}{beside}"
+    return f"{kernels.description}, {torch.get_num_threads()} threads{beside}"
 
 
 class _Lines(logging.Handler):

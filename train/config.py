@@ -21,7 +21,7 @@ class DataConfig:
     """Images and the points to start from."""
 
     cache_mb: int = 2048
-    """Memory for images, MiB; those that do not fit are decoded again when needed."""
+    """Memory for images, MiB, half of it on the GPU where one trains; those that do not fit are decoded again when needed."""
     points: Literal["auto", "cloud", "triangulate", "random"] = "auto"
     """Where to start: the capture's point cloud; points triangulated from matched features; random ones. "auto" takes
     the first that there is."""

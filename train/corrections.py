@@ -41,9 +41,23 @@ class PoseDeltas(nn.Module):
     def forward(self, cameras: Cameras, index: int) -> Cameras:
         """`cameras` with their poses moved as learnt for image `index`."""
         rotation, translation = self.deltas[index, :3], self.deltas[index, 3:]
-        x, y, z = rotation.unbind()
-        zero = torch.zeros_like(x)
-        cross = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero]).view(3, 3)
-        motion = torch.cat([torch.matrix_exp(cross), translation[:, None]], 1)
-        bottom = torch.tensor([[0.0, 0.0, 0.0, 1.0]], device=motion.device)
-        return replace(cameras, viewmats=torch.cat([motion, bottom]) @ cameras.viewmats)
+        viewmats = cameras.viewmats
+        turned = rotation_of(rotation) @ viewmats[:, :3]
+        moved = torch.cat([turned[..., :3], turned[..., 3:] + translation[:, None]], -1)
+        return replace(cameras, viewmats=torch.cat([moved, viewmats[:, 3:]], 1))
+
+
+def rotation_of(vector: Tensor) -> Tensor:
+    """[3, 3] rotation by |`vector`| radians about `vector` [3] (Rodrigues). Differentiable, also at zero.
+
+    Unlike torch.matrix_exp, which looks at its argument's norm, it lets nobody wait for a GPU.
+    """
+    square = vector.dot(vector)
+    is_small = square < 1e-4
+    angle = torch.where(is_small, 1.0, square).sqrt()
+    sine = torch.where(is_small, 1 - square / 6 + square * square / 120, angle.sin() / angle)
+    versine = torch.where(is_small, 0.5 - square / 24 + square * square / 720, 2 * ((0.5 * angle).sin() / angle) ** 2)
+    x, y, z = vector.unbind()
+    zero = torch.zeros_like(x)
+    cross = torch.stack([zero, -z, y, z, zero, -x, -y, x, zero]).view(3, 3)
+    return torch.eye(3, dtype=vector.dtype, device=vector.device) + sine * cross + versine * (cross @ cross)

@@ -78,7 +78,7 @@ def evaluate_run(config: EvalConfig) -> dict[str, Any]:
         raise ValueError(f"--downscale: expected at least 1, got {config.downscale}")
     device = choose_device(config.device)
     use_threads(config.threads)
-    kernels = use_backend("auto", device)
+    kernels = use_backend("auto", device, config.device)
     run = load_run(config.run, device=device, step=config.step)
     views = _views(run, config)
     use_masks = config.masks and run.config.data.masks

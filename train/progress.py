@@ -91,7 +91,10 @@ class Progress:
             values = {name: self.latest[name] for name in ("loss", "psnr", "primitives", "steps_per_second")}
             values |= {f"loss/{name}": value for name, value in terms.items()}
             values |= {f"lr/{group['name']}": group["lr"] for group in session.optimizer.param_groups}
-            self._journal.write(clock.step, clock.seconds, values | {"memory_mib": peak_memory() / 2**20})
+            values["memory_mib"] = peak_memory() / 2**20
+            if session.device.type == "cuda":
+                values["gpu_memory_mib"] = torch.cuda.max_memory_allocated(session.device) / 2**20
+            self._journal.write(clock.step, clock.seconds, values)
         self._show(session)
 
     def tested(self, session: Session, results: list[ViewResult]) -> None:

@@ -42,7 +42,7 @@ def write_report(session: Session, folder: Path, results: list[ViewResult], *, s
         "primitives": f"{getattr(session.scene, 'num_primitives', 0):,}",
         "training": f"{clock.step} steps in {clock.seconds:.1f} s, {1e3 * clock.seconds / max(clock.step, 1):.1f} ms a step",
         "in all": f"{seconds:.1f} s with reading, tests, checkpoints and pictures (this process)",
-        "peak memory": f"{peak_memory() / 2**20:.0f} MiB",
+        "peak memory": _memory(session.device),
         "images": f"{len(data.train)} for training, {len(data.test)} for testing ({data.split})",
         "resolution": f"{image_sizes(session.train_views)}; {session.train_views.source}",
         "computed by": kernels,
@@ -79,6 +79,13 @@ def peak_memory() -> int:
         return 0
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _memory(device: torch.device) -> str:
+    text = f"{peak_memory() / 2**20:.0f} MiB"
+    if device.type == "cuda":
+        text += f" and {torch.cuda.max_memory_allocated(device) / 2**20:.0f} MiB on the GPU"
+    return text
 
 
 def _version(package: str) -> str:

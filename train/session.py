@@ -135,15 +135,18 @@ def start_session(config: TrainConfig, device: torch.device, folder: Path | None
     random.seed(config.seed)
     saved = None if folder is None else load_checkpoint(folder / CHECKPOINTS)
     if saved is not None and saved[1]["device"] != device.type:
-        raise ValueError(f"{folder}: was trained on {saved[1]['device']}, cannot go on exactly on {device.type}")
+        before = saved[1]["device"]
+        raise ValueError(f"{folder}: was trained on {before}, cannot go on exactly on {device.type}; --device {before}")
     source = find_scene(config.scene if saved is None else saved[1]["source"]).resolve()
     data = load_scene(str(source), eval_every_nth=config.eval_every_nth)
     for warning in data.warnings:
         log.warning("%s", warning)
     budget = config.data.cache_mb << 20
     options: dict[str, Any] = {"downscale": config.downscale, "scale": data.frame.scale}
-    train_views = Views(data.train, byte_budget=budget * 5 // 8, **options)
+    # On a GPU half of it is there, and what is there is not asked for again; on the CPU only what is not a view's own.
+    batch_budget = budget // 4 if device.type == "cpu" else budget // 2
     test_views = Views(data.test, byte_budget=budget // 8, **options)
+    train_views = Views(data.train, byte_budget=budget - budget // 8 - batch_budget, **options)
     _decode_early(test_views, budget // 8)
     background = COLORS[data.background]
     scene = (initial_scene(config, data) if saved is None else scene_from_checkpoint(config, *saved)).to(device)
@@ -159,7 +162,8 @@ def start_session(config: TrainConfig, device: torch.device, folder: Path | None
         use_masks=config.data.masks,
         cut_out=config.data.cut_out,
         seed=config.seed,
-        byte_budget=budget // 4,
+        byte_budget=batch_budget,
+        device=device,
     )
     session = Session(
         config,

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from prismfield.render.kernels import kernels, use_kernel
+from prismfield.render.kernels import kernels_of, use_kernel
 
 
 @torch.no_grad()
@@ -48,7 +48,7 @@ def adam_step(
     where = param.new_empty(0, dtype=torch.bool) if rows is None else rows.contiguous()
     width = param[0].numel() if len(param) else 0
     tensors = (param.detach(), grad.contiguous(), exp_avg, exp_avg_sq, where)
-    kernels.adam_step(*tensors, width, lr, betas[0], betas[1], eps, step)
+    kernels_of(param).adam_step(*tensors, width, lr, betas[0], betas[1], eps, step)
 
 
 def adam_step_reference(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from prismfield.render.checks import check_alike, check_shapes
-from prismfield.render.kernels import kernels, use_kernel
+from prismfield.render.kernels import DEVICES, kernels_of, use_kernel
 from prismfield.render.ops.primitives import PRIMITIVES
 
 
@@ -48,7 +48,7 @@ def bin_primitives(
     check_shapes(params=(params, f"C N {num_params(primitive)}"), depths=(depths, "C N"), radii=(radii, "C N 2"))
     check_alike(params=params, depths=depths, radii=radii)
     on_kernel = use_kernel(params)
-    tile_size = tile_size or (kernels.tile_size if on_kernel else 16)
+    tile_size = tile_size or (kernels_of(params).tile_size if on_kernel else 16)
     function = _bin if on_kernel else bin_reference
     ids, rows, tile_ranges, row_starts = function(primitive, params, depths, radii, size[0], size[1], tile_size)
     return Isects(ids, rows, tile_ranges, row_starts, tile_size)
@@ -110,13 +110,14 @@ def _(primitive, params, depths, radii, width, height, tile_size):
     return tuple(params.new_empty(length, dtype=torch.int32) for length in lengths)
 
 
-@_bin.register_kernel("cpu")
+@_bin.register_kernel(DEVICES)
 def _(primitive, params, depths, radii, width, height, tile_size):
     tiles = depths.shape[0] * -(-width // tile_size) * -(-height // tile_size)
     tile_ranges = params.new_empty(tiles + 1, dtype=torch.int32)
     row_starts = params.new_empty(depths.numel() + 1, dtype=torch.int32)
     inputs = [t.detach().contiguous() for t in (params, depths, radii)]
-    count = kernels.bin_count(primitive, *inputs, width, height, tile_size, tile_ranges, row_starts)
+    arguments = (primitive, *inputs, width, height, tile_size, tile_ranges, row_starts)
+    count = kernels_of(params).bin_count(*arguments)
     ids, rows = (params.new_empty(count, dtype=torch.int32) for _ in range(2))
-    kernels.bin_sort(inputs[1], tile_ranges, row_starts, ids, rows)
+    kernels_of(params).bin_sort(*arguments, ids, rows)
     return ids, rows, tile_ranges, row_starts

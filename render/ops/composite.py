@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from prismfield.render.checks import check_alike, check_shapes
-from prismfield.render.kernels import kernels, use_kernel
+from prismfield.render.kernels import DEVICES, kernels_of, use_kernel
 from prismfield.render.ops.bin import Isects, num_params
 from prismfield.render.ops.constants import ALPHA_MAX, ALPHA_MIN, TRANS_MIN
 from prismfield.render.ops.primitives import PRIMITIVES
@@ -75,8 +75,8 @@ def composite(
         check_shapes(params=(params, "C N P"), absgrad=(absgrad, "C N 2"))
     _check_isects(isects, bound["C"], bound["N"], size)
     if use_kernel(params):
-        if isects.tile_size != kernels.tile_size:
-            raise ValueError(f"isects: expected tiles of {kernels.tile_size} pixels, got {isects.tile_size}")
+        if isects.tile_size != kernels_of(params).tile_size:
+            raise ValueError(f"isects: expected tiles of {kernels_of(params).tile_size} pixels, got {isects.tile_size}")
         if bound["D"] > MAX_CHANNELS:
             if absgrad is not None:
                 raise ValueError(
@@ -178,7 +178,7 @@ def _blend(alphas: Tensor, smooth: bool) -> tuple[Tensor, Tensor, Tensor]:
     return alphas * before, trans, (before > 0.5) & (after <= 0.5)
 
 
-@torch.library.custom_op("prismfield::composite", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("prismfield::composite", mutates_args=(), device_types=DEVICES)
 def _composite(
     primitive: str,
     params: Tensor,
@@ -198,7 +198,7 @@ def _composite(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     outputs = _outputs(params, background, ids, tile_ranges, width, height, tile_size, depth, median_depth)
     inputs = [t.contiguous() for t in (params, features, depths, background)]
-    kernels.composite_forward(primitive, *inputs, ids, tile_ranges, width, height, *outputs)
+    kernels_of(params).composite_forward(primitive, *inputs, ids, tile_ranges, width, height, *outputs)
     return outputs
 
 
@@ -233,7 +233,7 @@ def _(primitive, params, features, depths, background, absgrad, ids, rows, tile_
     return _outputs(params, background, ids, tile_ranges, *options)
 
 
-@torch.library.custom_op("prismfield::composite_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("prismfield::composite_backward", mutates_args=(), device_types=DEVICES)
 def _composite_backward(
     primitive: str,
     params: Tensor,
@@ -259,7 +259,9 @@ def _composite_backward(
     upstream = [t.contiguous() for t in (v_features, v_alpha, v_depth)]
     grads = [torch.empty_like(t) for t in (*inputs, absgrad)]
     lists = (ids, rows, tile_ranges, row_starts)
-    kernels.composite_backward(primitive, *inputs, *lists, width, height, trans, stops, masks, *upstream, *grads)
+    kernels_of(params).composite_backward(
+        primitive, *inputs, *lists, width, height, trans, stops, masks, *upstream, *grads
+    )
     return grads[0], grads[1], grads[2], grads[3], grads[4]
 
 

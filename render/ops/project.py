@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from prismfield.render.checks import check_alike, check_shapes
-from prismfield.render.kernels import kernels, use_kernel
+from prismfield.render.kernels import DEVICES, kernels_of, use_kernel
 from prismfield.render.ops.constants import ALPHA_MIN, BLUR, NEAR, VIEW_MARGIN
 
 Projection = tuple[Tensor, Tensor, Tensor]
@@ -163,16 +163,16 @@ def _(means, quats, scales, opacities, viewmats, Ks, width, height, antialiased)
     return means.new_empty(*shape, 6), means.new_empty(shape), means.new_empty(*shape, 2)
 
 
-@_project.register_kernel("cpu")
+@_project.register_kernel(DEVICES)
 def _(means, quats, scales, opacities, viewmats, Ks, width, height, antialiased):
     shape = (viewmats.shape[0], means.shape[0])
     params, depths, radii = means.new_empty(*shape, 6), means.new_empty(shape), means.new_empty(*shape, 2)
     inputs = [t.contiguous() for t in (means, quats, scales, opacities, viewmats, Ks)]
-    kernels.project_forward(*inputs, width, height, antialiased, params, depths, radii)
+    kernels_of(means).project_forward(*inputs, width, height, antialiased, params, depths, radii)
     return params, depths, radii
 
 
-@torch.library.custom_op("prismfield::project_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("prismfield::project_backward", mutates_args=(), device_types=DEVICES)
 def _project_backward(
     means: Tensor,
     quats: Tensor,
@@ -191,7 +191,7 @@ def _project_backward(
     inputs = [t.contiguous() for t in (means, quats, scales, opacities, viewmats, Ks)]
     grads = [torch.empty_like(t) for t in inputs[:4]] + [torch.zeros_like(viewmats)]
     upstream = (radii, v_params.contiguous(), v_depths.contiguous())
-    kernels.project_backward(*inputs, width, height, antialiased, *upstream, camera_gradient, *grads)
+    kernels_of(means).project_backward(*inputs, width, height, antialiased, *upstream, camera_gradient, *grads)
     return grads[0], grads[1], grads[2], grads[3], grads[4]
 
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from prismfield.render.checks import check_alike, check_shapes
-from prismfield.render.kernels import kernels, use_kernel
+from prismfield.render.kernels import DEVICES, kernels_of, use_kernel
 
 C0 = 0.28209479177387814
 C1 = 0.4886025119029199
@@ -98,15 +98,15 @@ def _(sh0, shN, means, viewmats, radii, degree):
     return means.new_empty(viewmats.shape[0], means.shape[0], 3)
 
 
-@_sh_colors.register_kernel("cpu")
+@_sh_colors.register_kernel(DEVICES)
 def _(sh0, shN, means, viewmats, radii, degree):
     rgbs = means.new_empty(viewmats.shape[0], means.shape[0], 3)
     inputs = [t.contiguous() for t in (sh0, shN, means, viewmats, radii)]
-    kernels.sh_forward(*inputs, degree, rgbs)
+    kernels_of(means).sh_forward(*inputs, degree, rgbs)
     return rgbs
 
 
-@torch.library.custom_op("prismfield::sh_colors_backward", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("prismfield::sh_colors_backward", mutates_args=(), device_types=DEVICES)
 def _sh_colors_backward(
     sh0: Tensor,
     shN: Tensor,
@@ -122,7 +122,7 @@ def _sh_colors_backward(
     inputs = [t.contiguous() for t in (sh0, shN, means, viewmats, radii)]
     v_shN = torch.empty_like(shN) if rest_gradient else shN.new_empty(0)
     grads = [torch.empty_like(sh0), v_shN, torch.empty_like(means), torch.zeros_like(viewmats)]
-    kernels.sh_backward(*inputs, degree, rgbs, v_rgbs.contiguous(), camera_gradient, *grads)
+    kernels_of(means).sh_backward(*inputs, degree, rgbs, v_rgbs.contiguous(), camera_gradient, *grads)
     return grads[0], grads[1], grads[2], grads[3]
 
 

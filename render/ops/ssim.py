@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from prismfield.render.checks import check_shapes
-from prismfield.render.kernels import kernels, use_kernel
+from prismfield.render.kernels import DEVICES, kernels_of, use_kernel
 
 _RADIUS, _SIGMA = 5, 1.5
 _C1, _C2 = 0.01**2, 0.03**2
@@ -113,7 +113,7 @@ def _mean(values: Tensor, counts: Tensor, otherwise: float) -> Tensor:
     return torch.where(total > 0, mean, otherwise)
 
 
-@torch.library.custom_op("prismfield::photometric_loss", mutates_args=(), device_types="cpu")
+@torch.library.custom_op("prismfield::photometric_loss", mutates_args=(), device_types=DEVICES)
 def _photometric_loss(
     rgb: Tensor, target: Tensor, ssim_weight: float, mask: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,7 +123,7 @@ def _photometric_loss(
     target = target.contiguous() if as_bytes else target.to(rgb.dtype).contiguous()
     targets = (nothing[0], target) if as_bytes else (target, nothing[1])
     where = rgb.new_empty(0, dtype=torch.bool) if mask is None else mask.contiguous()
-    kernels.photometric_loss(rgb.contiguous(), *targets, where, ssim_weight, values, gradient)
+    kernels_of(rgb).photometric_loss(rgb.contiguous(), *targets, where, ssim_weight, values, gradient)
     return values[0].clone(), values, gradient
 
 

@@ -88,10 +88,11 @@ class Adc(Fixed):
         if source is None or source.grad is None or out.radii is None:
             raise ValueError("adc: expected an output with screen gradients, from a backward pass over `render`")
         cameras, height, width = out.alpha.shape
-        half_image = source.grad.new_tensor([0.5 * width, 0.5 * height]) * cameras
         drawn = out.radii[..., 0] > 0
-        along_x, along_y = (source.grad[..., :2] * half_image).unbind(-1)
-        self.gradients += torch.hypot(along_x, along_y).sum(0)
+        along_x, along_y = source.grad[..., 0], source.grad[..., 1]
+        # Numbers, not a tensor of two: that would be copied to a GPU, which the step would wait for.
+        lengths = torch.hypot(along_x * (0.5 * width * cameras), along_y * (0.5 * height * cameras))
+        self.gradients += lengths.sum(0)
         self.views += drawn.sum(0)
         if self.config.max_screen > 0:
             torch.maximum(self.widths, out.radii.amax((0, 2)) / width, out=self.widths)

@@ -90,15 +90,29 @@ class Mcmc(Fixed):
     def _add_noise(self, scene: Gaussians, optimizer: torch.optim.Optimizer) -> None:
         """Langevin noise on the centres (eq. 8): lr * strength * gate(opacity) * covariance @ normal."""
         lr = next(group["lr"] for group in optimizer.param_groups if group["params"][0] is scene.means)
-        faint = (scene.opacity_logits < math.log(_GATE_OPACITY / (1 - _GATE_OPACITY))).nonzero().squeeze(1)
-        opacities = scene.opacities[faint]
+        is_faint = scene.opacity_logits < math.log(_GATE_OPACITY / (1 - _GATE_OPACITY))
+        quats, log_scales, opacities = scene.quats, scene.log_scales, scene.opacities
+        strength = lr * self.config.noise
+        if _all_at_once(is_faint.device):
+            noise = self._noise(quats, log_scales, opacities, strength)
+            scene.means.add_(torch.where(is_faint[:, None], noise, 0.0))
+        else:
+            faint = is_faint.nonzero().squeeze(1)
+            noise = self._noise(quats[faint], log_scales[faint], opacities[faint], strength)
+            scene.means.index_add_(0, faint, noise)
+
+    def _noise(self, quats: Tensor, log_scales: Tensor, opacities: Tensor, strength: float) -> Tensor:
+        """[M, 3] strength * gate(opacity) * covariance @ normal, of M Gaussians."""
         gates = torch.sigmoid(_GATE_STEEPNESS * ((1 - opacities) - _GATE_CENTRE))
-        rotations = rotation_matrices(scene.quats[faint])
-        variances = (2 * scene.log_scales[faint]).exp()
-        normals = torch.randn(len(faint), 3, generator=self.generator, device=scene.means.device)
+        normals = torch.randn(len(quats), 3, generator=self.generator, device=quats.device)
         # Normals turned into the Gaussian's axes are normals, so the covariance's first rotation can be left out.
-        local = normals * variances * (gates * (lr * self.config.noise))[:, None]
-        scene.means.index_add_(0, faint, torch.einsum("nij,nj->ni", rotations, local))
+        local = normals * (2 * log_scales).exp() * (gates * strength)[:, None]
+        return torch.einsum("nij,nj->ni", rotation_matrices(quats), local)
+
+
+def _all_at_once(device: torch.device) -> bool:
+    """Whether work on a few rows is done on all of them: on a GPU, where the step would have to wait for how many they are."""
+    return device.type != "cpu"
 
 
 def divided(opacities: Tensor, scales: Tensor, copies: Tensor) -> tuple[Tensor, Tensor]:

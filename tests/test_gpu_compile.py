@@ -1,0 +1,135 @@
+"""Each Triton kernel, in each form that a training step starts, compiles for NVIDIA's and AMD's GPUs and spills no registers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from prismfield.render import kernels as kernels_module
+from prismfield.render.ops.adam import adam_step
+from prismfield.render.ops.composite import MAX_CHANNELS
+from prismfield.render.ops.project import project
+from prismfield.render.ops.ssim import photometric_loss
+from prismfield.render.rasterize import rasterize
+
+from .gpu_compile import TARGETS, describe
+from .raster_fixtures import make_cameras, make_gaussians
+
+
+def run_adam(device: torch.device) -> None:
+    state = [torch.rand(4, 3, device=device) for _ in range(4)]
+    for rows in (None, torch.ones(4, dtype=torch.bool, device=device)):
+        adam_step(*state, lr=0.1, betas=(0.9, 0.99), eps=1e-8, step=1, rows=rows)
+
+
+def run_loss(device: torch.device) -> None:
+    rgb, target = (torch.rand(1, 5, 7, 3, device=device) for _ in range(2))
+    mask = torch.ones(1, 5, 7, dtype=torch.bool, device=device)
+    for image in (target, (255 * target).to(torch.uint8)):
+        for where in (None, mask):
+            photometric_loss(rgb.clone().requires_grad_(), image, mask=where)[0].backward()
+
+
+def run_rasterizer(device: torch.device) -> None:
+    cameras = make_cameras(1, 19, 13)
+    scene = make_gaussians(6, cameras, hard=False)
+    cameras = cameras.to(device)
+    forms: list[dict[str, Any]] = [
+        {"sh_degree": 0},
+        {"sh_degree": 1, "extras": ("absgrad",)},
+        {"sh_degree": 2, "extras": ("depth",), "antialiased": True},
+        {"sh_degree": 3, "extras": ("depth", "median_depth", "absgrad")},
+    ]
+    for form in forms:
+        for camera_gradient in (False, True):
+            viewmats = cameras.viewmats.clone().requires_grad_(camera_gradient)
+            leaves = type(scene)(*(t.to(device).requires_grad_() for t in scene.tensors()))
+            out = leaves.render(replace(cameras, viewmats=viewmats), **form)
+            (out.rgb.sum() + (0 if out.depth is None else out.depth.sum())).backward()
+    leaves = type(scene)(*(t.to(device).requires_grad_() for t in scene.tensors()))
+    leaves.shN.requires_grad_(False)  # as in every other step of training
+    leaves.render(cameras).rgb.sum().backward()
+    size = (cameras.width, cameras.height)
+    screen = [t.detach() for t in project(*leaves.tensors()[:4], cameras.viewmats, cameras.Ks, size)]
+    for channels in (1, 11, MAX_CHANNELS):
+        features = torch.rand(1, 6, channels, device=device).requires_grad_()
+        rasterize("gaussian", (screen[0], screen[1], screen[2]), features, cameras).rgb.sum().backward()
+
+
+RUNS: list[Callable[[torch.device], None]] = [run_adam, run_loss, run_rasterizer]
+"""What starts the kernels, as training and rendering do."""
+
+
+@pytest.fixture
+def specs(triton_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
+    """The launches of all RUNS, each form once."""
+    from prismfield.render.gpu import launch
+
+    found: dict[str, dict[str, Any]] = {}
+
+    def note(kernel: Any, args: tuple[Any, ...], options: dict[str, Any]) -> None:
+        spec = describe(kernel, args, options)
+        found[json.dumps(spec, sort_keys=True)] = spec
+
+    monkeypatch.setattr(launch, "watch", note)
+    for run in RUNS:
+        run(triton_device)
+    return list(found.values())
+
+
+def test_all_kernels_compile_without_spills(
+    specs: list[dict[str, Any]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "specs.json").write_text(json.dumps(specs))
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    environment["TRITON_CACHE_DIR"] = str(tmp_path / "cache")
+    script = Path(__file__).with_name("gpu_compile.py")
+    command = [sys.executable, str(script), str(tmp_path / "specs.json")]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    with capsys.disabled():
+        print()
+        for row in rows:
+            constants = " ".join(f"{name}={value}" for name, value in row["constants"].items())
+            sizes = f"{row['registers']:4d} registers {row['spilled']:4d} spilled {row['shared']:6d} B shared"
+            print(f"  {row['kernel']:28s} {row['target']:7s} {row['warps']:2d} warps {sizes}  {constants}")
+    assert len(rows) == len(TARGETS) * len(specs) > 0
+    assert not [row for row in rows if row["spilled"]]
+
+
+def test_every_kernel_is_among_them(specs: list[dict[str, Any]]) -> None:
+    """A new kernel that no run starts would be compiled first on a user's machine."""
+    from prismfield.render.gpu import bindings
+
+    folder = Path(bindings.__file__).parent
+    defined = set()
+    for path in folder.glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        defined |= {
+            line.removeprefix("def ").split("(")[0]
+            for line in text.splitlines()
+            if line.startswith("def _") and "_kernel(" in line
+        }
+    assert defined == {spec["kernel"] for spec in specs}
+
+
+def test_the_table_has_what_the_compiled_module_has(triton_device: torch.device) -> None:
+    from prismfield.render.gpu import bindings
+
+    module = kernels_module.load_kernels("")[0]
+    if module is None:
+        pytest.skip("no compiled kernels")
+    threads = {"num_threads", "set_num_threads", "cpu_level", "keep_freed_memory"}
+    names = {name for name in dir(module) if not name.startswith("_")} - threads
+    constants = {name for name in names if not callable(getattr(module, name))} - {"tile_size"}
+    assert names - constants <= set(dir(bindings))
