@@ -330,23 +330,21 @@ def composite_forward(
     tile_ranges: Tensor,
     width: int,
     height: int,
-    out_features: Tensor,
-    alpha: Tensor,
-    depth: Tensor,
-    median: Tensor,
-    trans: Tensor,
-    stops: Tensor,
-    masks: Tensor,
+    *outputs: Tensor,
 ) -> None:
-    """As `composite_forward` of the compiled kernels, without `masks`; an empty `depth` or `median` is not wanted."""
+    """As `composite_forward` of the compiled kernels, but that it leaves the last output, the masks, as it is.
+
+    Args:
+        outputs: features, alpha, depth, median depth, final transmittance, stops, masks; an empty depth or median is not wanted.
+    """
+    _, _, depth, median, _, _, _ = outputs
     chosen, dims = PRIMITIVES[primitive], features.shape[-1]
     tensors = (params, features, depths, background, ids, tile_ranges)
-    outputs = (out_features, alpha, depth, median, trans, stops)
     has_depth = depth.numel() > 0
     options: dict[str, Any] = {"ALPHA": chosen.alpha, "PARAMS": chosen.num_params, "DIMS": dims}
     options |= {"DEPTH": has_depth, "MEDIAN": median.numel() > 0, "num_warps": _warps(dims + has_depth, 2)}
     grid = (len(tile_ranges) - 1,)
-    launch(_composite_forward_kernel, grid, *tensors, *outputs, *_sizes(width, height), **options)
+    launch(_composite_forward_kernel, grid, *tensors, *outputs[:6], *_sizes(width, height), **options)
 
 
 def composite_backward(
@@ -360,20 +358,17 @@ def composite_backward(
     tile_ranges: Tensor,
     row_starts: Tensor,
     width: int,
-    height: int,
-    trans: Tensor,
-    stops: Tensor,
-    masks: Tensor,
-    v_features: Tensor,
-    v_alpha: Tensor,
-    v_depth: Tensor,
-    out_params: Tensor,
-    out_features: Tensor,
-    out_depths: Tensor,
-    out_background: Tensor,
-    out_absgrad: Tensor,
+    *saved_and_gradients: Any,
 ) -> None:
-    """As `composite_backward` of the compiled kernels; an empty `v_depth` is none, an empty `out_absgrad` is not wanted."""
+    """As `composite_backward` of the compiled kernels.
+
+    Args:
+        saved_and_gradients: height; transmittance, stops and masks of the forward pass; the gradients of features, alpha and
+            depth (empty if there is none); and, written, those of params, features, depths, background and absgrad (empty if
+            it is not wanted).
+    """
+    height, trans, stops, _, v_features, v_alpha, v_depth, *gradients = saved_and_gradients
+    out_params, out_features, out_depths, out_background, out_absgrad = gradients
     chosen, dims, tiles = PRIMITIVES[primitive], features.shape[-1], len(tile_ranges) - 1
     has_depth, absolute = v_depth.numel() > 0, out_absgrad.numel() > 0
     length = chosen.num_sums + 2 * absolute + dims + has_depth
