@@ -358,8 +358,9 @@ def composite_forward(
         first = start == 0
         options: dict[str, Any] = {"ALPHA": chosen.alpha, "PARAMS": chosen.num_params, "DIMS": min(GROUP, dims - start)}
         options |= {"FIRST": first, "DEPTH": first and depth.numel() > 0, "MEDIAN": first and median.numel() > 0}
+        options["num_warps"] = 2 if options["DIMS"] + options["DEPTH"] <= 4 else 4  # as many as registers allow
         sizes = (*_sizes(width, height), dims, start)
-        launch(_composite_forward_kernel, (len(tile_ranges) - 1,), *tensors, *outputs, *sizes, **options, num_warps=2)
+        launch(_composite_forward_kernel, (len(tile_ranges) - 1,), *tensors, *outputs, *sizes, **options)
 
 
 def composite_backward(
