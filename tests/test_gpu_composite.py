@@ -13,6 +13,8 @@ from prismfield.render.ops.constants import ALPHA_MAX, ALPHA_MIN
 
 from .test_composite import Size, check_kernel, draw, splat
 
+# The interpreter's: lanes that hold nothing compute nonsense that is dropped
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 # count, image, cameras, channels: nothing, one, a pixel, less than a tile, several tiles and cameras, long lists, many channels
 CASES = [
     (0, (17, 9), 1, 3),

@@ -30,6 +30,8 @@ from prismfield.render.gpu.launch import cdiv, launch
 from prismfield.render.gpu.primitives import PRIMITIVES, Primitive, load_params
 from prismfield.render.ops.constants import ALPHA_MAX, TRANS_MIN
 
+GROUP = 16
+"""Channels that the forward pass blends at once."""
 CHECK = 16
 """Primitives between two looks at whether any pixel still takes light."""
 tile_size = TILE_SIZE
@@ -47,9 +49,9 @@ def _load_row(first, LENGTH: tl.constexpr):
 
 
 @triton.jit
-def _load_channels(features, depths, member, DIMS: tl.constexpr, DEPTH: tl.constexpr):
-    """What a primitive has to blend, a tuple: features, and depth behind them."""
-    channels = _load_row(features + member * DIMS, DIMS)
+def _load_channels(features, depths, member, stride, DIMS: tl.constexpr, DEPTH: tl.constexpr):
+    """What a primitive has to blend, a tuple: DIMS of its `stride` features, and depth behind them."""
+    channels = _load_row(features + member * stride, DIMS)
     if DEPTH:
         channels += (tl.load(depths + member),)
     return channels
@@ -74,11 +76,11 @@ def _sum_of_products(a, b):
 
 @triton.jit
 def _tile_pixels(tile, width, height, columns, tiles):
-    """Camera, centres of the tile's pixels, which of them are in the image, and where those stand in [C, H, W]."""
+    """Camera, columns and rows of the tile's pixels in its image, and which of them are inside."""
     camera, in_image, pixel = tile // tiles, (tile % tiles).to(tl.int32), tl.arange(0, _PIXELS)
     x = in_image % columns * _TILE_SIZE + pixel % _TILE_SIZE
     y = in_image // columns * _TILE_SIZE + pixel // _TILE_SIZE
-    return camera, x + 0.5, y + 0.5, (x < width) & (y < height), (camera * height + y) * width + x
+    return camera, x, y, (x < width) & (y < height)
 
 
 @triton.jit
@@ -99,17 +101,22 @@ def _composite_forward_kernel(
     height,
     columns,
     tiles,
+    stride,
+    start,
     ALPHA: tl.constexpr,
     PARAMS: tl.constexpr,
     DIMS: tl.constexpr,
     DEPTH: tl.constexpr,
     MEDIAN: tl.constexpr,
+    FIRST: tl.constexpr,
 ):
+    """Blends DIMS of the `stride` features, from `start` on; the FIRST of them also gives what does not depend on features."""
+    features, background, out_features = features + start, background + start, out_features + start
     tile = tl.program_id(0).to(tl.int64)
-    camera, x, y, inside, pixel = _tile_pixels(tile, width, height, columns, tiles)
+    camera, column, row, inside = _tile_pixels(tile, width, height, columns, tiles)
     begin = tl.load(tile_ranges + tile)
     length = tl.load(tile_ranges + tile + 1) - begin
-    members, last = ids + begin, length - 1
+    members = ids + begin
     trans, median = tl.full([_PIXELS], 1.0, tl.float32), tl.zeros([_PIXELS], tl.float32)
     sums = ()
     for _ in tl.static_range(DIMS + DEPTH):
@@ -121,12 +128,12 @@ def _composite_forward_kernel(
     p = load_params(params, member, length > 0, PARAMS)
     i = 0
     while i < reach:
-        for k in range(i, tl.minimum(i + _CHECK, length)):
-            channels = _load_channels(features, depths, member, DIMS, DEPTH)
+        for k in range(i, tl.minimum(i + _CHECK, reach)):
+            channels = _load_channels(features, depths, member, stride, DIMS, DEPTH)
             z = tl.load(depths + member) if MEDIAN else 0.0
-            after_following = tl.load(members + tl.minimum(k + 2, last)).to(tl.int64)
+            after_following = tl.load(members + tl.minimum(k + 2, reach - 1)).to(tl.int64)
             next_p = _load_row(params + following * PARAMS, PARAMS)
-            raw, reached = ALPHA(p, x - p[0], y - p[1])
+            raw, reached = ALPHA(p, column + (0.5 - p[0]), row + (0.5 - p[1]))
             alpha = tl.where(reached & (k < stop), tl.minimum(raw, _ALPHA_MAX), 0.0)
             weight = alpha * trans
             finished = trans - weight <= _TRANS_MIN  # never again afterwards: alpha is 0 then
@@ -139,13 +146,15 @@ def _composite_forward_kernel(
             member, following, p = following, after_following, next_p
         i += _CHECK
         reach = tl.max(stop)
-    local = tile * _PIXELS + tl.arange(0, _PIXELS)
-    tl.store(out_trans + local, trans)
-    tl.store(out_stops + local, stop)
+    pixel = (camera * height + row) * width + column
     for k in tl.static_range(DIMS):
-        color = sums[k] + trans * tl.load(background + camera * DIMS + k)
-        tl.store(out_features + pixel * DIMS + k, color, mask=inside)
-    tl.store(out_alpha + pixel, 1.0 - trans, mask=inside)
+        color = sums[k] + trans * tl.load(background + camera * stride + k)
+        tl.store(out_features + pixel * stride + k, color, mask=inside)
+    if FIRST:
+        local = tile * _PIXELS + tl.arange(0, _PIXELS)
+        tl.store(out_trans + local, trans)
+        tl.store(out_stops + local, stop)
+        tl.store(out_alpha + pixel, 1.0 - trans, mask=inside)
     if DEPTH:
         tl.store(out_depth + pixel, sums[DIMS], mask=inside)
     if MEDIAN:
@@ -167,22 +176,35 @@ def _load_upstream(
 
 
 @triton.jit
-def _store_zeros(records, rows, begin, end, RECORD: tl.constexpr, ROOM: tl.constexpr):
-    """Records of the rows[begin:end]."""
-    column = tl.arange(0, ROOM)[None, :]
-    for first in range(begin, end, 32):
-        at = first + tl.arange(0, 32)[:, None]
-        row = tl.load(rows + at, mask=at < end, other=0).to(tl.int64)
-        tl.store(records + row * RECORD + column, tl.zeros([32, ROOM], tl.float32), mask=(at < end) & (column < RECORD))
+def _sums(blocks):
+    """Over the pixels of each block of a tuple."""
+    sums = ()
+    for k in tl.static_range(len(blocks)):
+        sums += (tl.sum(blocks[k]),)
+    return sums
 
 
 @triton.jit
-def _record(record, terms, START: tl.constexpr, ROOM: tl.constexpr):
-    """`record` [ROOM] with the sums over pixels of `terms` from START on."""
-    column = tl.arange(0, ROOM)
-    for k in tl.static_range(len(terms)):
-        record = tl.where(column == START + k, tl.sum(terms[k]), record)
-    return record
+def _store_record(record, sums, RECORD: tl.constexpr):
+    """Numbers side by side, 16 at once: a lane each."""
+    lane = tl.arange(0, 16)
+    for first in tl.static_range(0, RECORD, 16):
+        values = tl.zeros([16], tl.float32)
+        for k in tl.static_range(16):
+            if first + k < len(sums):
+                values = tl.where(lane == k, sums[first + k], values)
+        tl.store(record + first + lane, values, mask=first + lane < RECORD)
+
+
+@triton.jit
+def _store_zeros(records, rows, begin, end, RECORD: tl.constexpr):
+    """The records of rows[begin:end]."""
+    lane = tl.arange(0, 16)[None, :]
+    for first in range(begin, end, 16):
+        at = first + tl.arange(0, 16)[:, None]
+        record = records + tl.load(rows + at, mask=at < end, other=0).to(tl.int64) * RECORD
+        for k in tl.static_range(0, RECORD, 16):
+            tl.store(record + k + lane, tl.zeros([16, 16], tl.float32), mask=(at < end) & (k + lane < RECORD))
 
 
 @triton.jit
@@ -209,37 +231,35 @@ def _composite_backward_kernel(
     TERMS: tl.constexpr,
     ABSOLUTE_TERMS: tl.constexpr,
     PARAMS: tl.constexpr,
-    SUMS: tl.constexpr,
     DIMS: tl.constexpr,
     DEPTH: tl.constexpr,
     ABSOLUTE: tl.constexpr,
     RECORD: tl.constexpr,
-    ROOM: tl.constexpr,
 ):
-    SHAPE: tl.constexpr = SUMS + 2 * ABSOLUTE  # columns of a record before those of the channels
     tile = tl.program_id(0).to(tl.int64)
-    camera, x, y, inside, pixel = _tile_pixels(tile, width, height, columns, tiles)
+    camera, column, row, inside = _tile_pixels(tile, width, height, columns, tiles)
     begin = tl.load(tile_ranges + tile)
     length = tl.load(tile_ranges + tile + 1) - begin
     members, rows = ids + begin, rows + begin
     local = tile * _PIXELS + tl.arange(0, _PIXELS)
     trans, stop = tl.load(trans_in + local), tl.load(stops + local)
+    pixel = (camera * height + row) * width + column
     v_out, v_trans = _load_upstream(v_features, v_alpha, v_depth, background, camera, pixel, inside, DIMS, DEPTH)
     for k in tl.static_range(DIMS):
         tl.store(v_backgrounds + tile * DIMS + k, tl.sum(trans * v_out[k]))
     behind = trans * v_trans  # what the light that passes is worth: sum of weight * value behind here
     reach = tl.max(stop)
-    _store_zeros(records, rows, reach, length, RECORD, ROOM)
+    _store_zeros(records, rows, reach, length, RECORD)
     member = tl.load(members + reach - 1, mask=reach > 0, other=0).to(tl.int64)
     following = tl.load(members + reach - 2, mask=reach > 1, other=0).to(tl.int64)
     p = load_params(params, member, reach > 0, PARAMS)
     for back in range(reach):
         i = reach - 1 - back
-        row = tl.load(rows + i).to(tl.int64)
-        channels = _load_channels(features, depths, member, DIMS, DEPTH)
+        record = records + tl.load(rows + i).to(tl.int64) * RECORD
+        channels = _load_channels(features, depths, member, DIMS, DIMS, DEPTH)
         after_following = tl.load(members + tl.maximum(i - 2, 0)).to(tl.int64)
         next_p = _load_row(params + following * PARAMS, PARAMS)
-        dx, dy = x - p[0], y - p[1]
+        dx, dy = column + (0.5 - p[0]), row + (0.5 - p[1])
         raw, reached = ALPHA(p, dx, dy)
         hit = reached & (i < stop)
         alpha = tl.where(hit, tl.minimum(raw, _ALPHA_MAX), 0.0)
@@ -248,15 +268,12 @@ def _composite_backward_kernel(
         weight, value = alpha * trans, _sum_of_products(v_out, channels)
         v_alpha_here = tl.where(hit & (raw <= _ALPHA_MAX), trans * value - inverse * behind, 0.0)
         behind += weight * value
-        record = _record(tl.zeros([ROOM], tl.float32), TERMS(p, dx, dy, alpha, v_alpha_here), 0, ROOM)
+        sums = _sums(TERMS(p, dx, dy, alpha, v_alpha_here))
         if ABSOLUTE:
-            record = _record(record, ABSOLUTE_TERMS(p, dx, dy, alpha, v_alpha_here), SUMS, ROOM)
-        weighted = ()
+            sums += _sums(ABSOLUTE_TERMS(p, dx, dy, alpha, v_alpha_here))
         for k in tl.static_range(DIMS + DEPTH):
-            weighted += (weight * v_out[k],)
-        record = _record(record, weighted, SHAPE, ROOM)
-        column = tl.arange(0, ROOM)
-        tl.store(records + row * RECORD + column, record, mask=column < RECORD)
+            sums += (tl.sum(weight * v_out[k]),)
+        _store_record(record, sums, RECORD)
         member, following, p = following, after_following, next_p
 
 
@@ -309,11 +326,6 @@ def _sum_records_kernel(
         tl.store(v_absgrad + 2 * at + column - SUMS, total, mask=exists & (column >= SUMS) & (column < SHAPE))
 
 
-def _warps(channels: int, least: int) -> int:
-    """So many that a lane holds no more than 64 numbers of its pixels' channels."""
-    return max(least, min(8, triton.next_power_of_2(cdiv(channels, 8))))
-
-
 def _sizes(width: int, height: int) -> tuple[int, int, int, int]:
     """Width, height, columns of tiles and tiles of an image."""
     columns = cdiv(width, TILE_SIZE)
@@ -337,14 +349,16 @@ def composite_forward(
     Args:
         outputs: features, alpha, depth, median depth, final transmittance, stops, masks; an empty depth or median is not wanted.
     """
-    _, _, depth, median, _, _, _ = outputs
+    _, _, depth, median, *_ = outputs
     chosen, dims = PRIMITIVES[primitive], features.shape[-1]
     tensors = (params, features, depths, background, ids, tile_ranges)
-    has_depth = depth.numel() > 0
-    options: dict[str, Any] = {"ALPHA": chosen.alpha, "PARAMS": chosen.num_params, "DIMS": dims}
-    options |= {"DEPTH": has_depth, "MEDIAN": median.numel() > 0, "num_warps": _warps(dims + has_depth, 2)}
-    grid = (len(tile_ranges) - 1,)
-    launch(_composite_forward_kernel, grid, *tensors, *outputs[:6], *_sizes(width, height), **options)
+    for start in range(0, max(dims, 1), GROUP):
+        first = start == 0
+        options: dict[str, Any] = {"ALPHA": chosen.alpha, "PARAMS": chosen.num_params, "DIMS": min(GROUP, dims - start)}
+        options |= {"FIRST": first, "DEPTH": first and depth.numel() > 0, "MEDIAN": first and median.numel() > 0}
+        options["num_warps"] = 2 if options["DIMS"] + options["DEPTH"] <= 4 else 4  # as many as registers allow
+        sizes = (*_sizes(width, height), dims, start)
+        launch(_composite_forward_kernel, (len(tile_ranges) - 1,), *tensors, *outputs[:6], *sizes, **options)
 
 
 def composite_backward(
@@ -371,14 +385,14 @@ def composite_backward(
     out_params, out_features, out_depths, out_background, out_absgrad = gradients
     chosen, dims, tiles = PRIMITIVES[primitive], features.shape[-1], len(tile_ranges) - 1
     has_depth, absolute = v_depth.numel() > 0, out_absgrad.numel() > 0
-    length = chosen.num_sums + 2 * absolute + dims + has_depth
-    sizes: dict[str, Any] = {"PARAMS": chosen.num_params, "SUMS": chosen.num_sums, "DIMS": dims, "DEPTH": has_depth}
-    sizes |= {"ABSOLUTE": absolute, "RECORD": 4 * cdiv(length, 4), "ROOM": max(16, triton.next_power_of_2(length))}
-    records, v_backgrounds = params.new_empty(len(ids), sizes["RECORD"]), params.new_empty(tiles, dims)
+    record = 4 * cdiv(chosen.num_sums + 2 * absolute + dims + has_depth, 4)
+    sizes: dict[str, Any] = {"PARAMS": chosen.num_params, "DIMS": dims, "DEPTH": has_depth, "ABSOLUTE": absolute}
+    sizes["RECORD"] = record
+    records, v_backgrounds = params.new_empty(len(ids), record), params.new_empty(tiles, dims)
     lists, upstream = (ids, rows, tile_ranges, trans, stops), (v_features, v_alpha, v_depth)
     tensors = (params, features, depths, background, *lists, *upstream, records, v_backgrounds)
     functions = {"ALPHA": chosen.alpha, "TERMS": chosen.terms, "ABSOLUTE_TERMS": chosen.absolute_terms}
-    warps = _warps(dims + has_depth, 1)
+    warps = next(warps for warps in (1, 2, 4, 8) if dims + has_depth <= 4 * warps or warps == 8)
     image = _sizes(width, height)
     launch(_composite_backward_kernel, (tiles,), *tensors, *image, **functions, **sizes, num_warps=warps)
     torch.sum(v_backgrounds.view(len(background), -1, dims), 1, out=out_background)
@@ -398,7 +412,8 @@ def _sum_records(
 ) -> None:
     if not sizes["DEPTH"]:
         out_depths.zero_()
-    count, block = out_depths.numel(), max(1, 128 // sizes["ROOM"])
+    count, room = out_depths.numel(), max(16, triton.next_power_of_2(sizes["RECORD"]))
+    block = max(1, 128 // room)
     tensors = (params, row_starts, records, out_params, out_features, out_depths, out_absgrad)
-    options = {"FINISH": chosen.finish, "BLOCK": block, "num_warps": 2}
+    options = {"FINISH": chosen.finish, "SUMS": chosen.num_sums, "ROOM": room, "BLOCK": block, "num_warps": 2}
     launch(_sum_records_kernel, (cdiv(count, block),), *tensors, count, **sizes, **options)
