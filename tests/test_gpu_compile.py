@@ -24,7 +24,6 @@ from prismfield.render.rasterize import rasterize
 from .gpu_compile import TARGETS, describe
 from .raster_fixtures import make_cameras, make_gaussians
 
-
 # The interpreter's: lanes that hold nothing compute nonsense that is dropped
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
