@@ -30,7 +30,7 @@ TRAININGS = {
     "lego": "--scene DATA/lego --steps 7000",
     "fox": "--scene DATA/fox --steps 7000",
     "dtu_scan65": "--scene DATA/dtu_scan65 --downscale 2 --steps 7000 --max-primitives 60000"
-    " --data.cut-out --data.random-background",
+    " --data.cut-out --data.random-background --gaussians.means-lr 1.6e-4 --gaussians.means-lr-final 3e-6",
     "bonsai": "--scene DATA/bonsai --steps 7000",
     "fox_40s": "--scene DATA/fox --minutes 0.6666",
     "fox_40s_random": "--scene DATA/fox --minutes 0.6666 --data.points random",

@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Literal
 
-from prismfield.datasets.http_file import HttpFile
+from prismfield.datasets.http_file import HttpFile, SeekableFile
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -280,24 +280,11 @@ def _discard(part: Path) -> None:
     part.with_name(f"{part.name}.json").unlink(missing_ok=True)
 
 
-class SpanFile(io.RawIOBase):
+class SpanFile(SeekableFile):
     """A file of which only some byte ranges are at hand, stored one after the other in another file."""
 
     def __init__(self, stored: io.BufferedReader, spans: list[Span], size: int) -> None:
-        self._stored, self._spans, self._size, self._at = stored, spans, size, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence] + offset
-        return self._at
+        self._stored, self._spans, self.size = stored, spans, size
 
     def read(self, count: int = -1) -> bytes:
         """The bytes at hand from here on; fewer than asked for where a range ends."""

@@ -18,14 +18,34 @@ _BLOCK = 1 << 18
 _READ_AHEAD = 1 << 18
 
 
-class HttpFile(io.RawIOBase):
+class SeekableFile(io.RawIOBase):
+    """A position that moves about; who derives from it says `size` and how to read from `_at` on."""
+
+    size: int
+    """Bytes in the file."""
+    _at = 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}[whence] + offset
+        return self._at
+
+
+class HttpFile(SeekableFile):
     """Random access by HTTP Range requests, for reading a zip archive's directory; `stream` for the bulk.
 
     Raises:
         ConnectionError: the server cannot be reached or refuses; names it and says what helps.
     """
 
-    size: int
     ranges: bool
     """Whether the server sends parts of the file."""
     tag: str | None
@@ -34,7 +54,7 @@ class HttpFile(io.RawIOBase):
     """Digest of the whole file, if the server states one (Hugging Face does)."""
 
     def __init__(self, url: str) -> None:
-        self._url, self._at = url, 0
+        self._url = url
         self._cache: tuple[int, bytes] = (0, b"")
         self._redirects = _Redirects()
         self._opener = urllib.request.build_opener(self._redirects)
@@ -55,19 +75,6 @@ class HttpFile(io.RawIOBase):
             linked = (self._redirects.linked_tag or "").strip('"')
             self.tag = linked or headers.get("ETag")
             self.sha256 = linked if re.fullmatch(r"[0-9a-f]{64}", linked) else None
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.size}[whence] + offset
-        return self._at
 
     def read(self, count: int = -1) -> bytes:
         """Bytes from here on, fetched with some more around them: directories are read in small pieces."""

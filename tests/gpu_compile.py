@@ -108,9 +108,14 @@ def _cuda_usage(cubin: bytes) -> tuple[int, int]:
 
 
 def _hip_usage(assembly: str) -> tuple[int, int]:
-    """Vector registers, and how many registers went to memory."""
-    found = {key: int(number) for key, number in re.findall(r"\.(\w+_count):\s+(\d+)", assembly)}
-    return found["vgpr_count"], found["vgpr_spill_count"] + found["sgpr_spill_count"]
+    """Vector registers, and what does not fit into them: how many of them, and bytes of private memory.
+
+    Scalar registers that do not fit (`sgpr_spill_count`) move to lanes of a vector register, not to memory, and do not count.
+    """
+    found = {
+        key: int(number) for key, number in re.findall(r"\.(\w+_count|private_segment_fixed_size):\s+(\d+)", assembly)
+    }
+    return found["vgpr_count"], found["vgpr_spill_count"] + found["private_segment_fixed_size"]
 
 
 if __name__ == "__main__":

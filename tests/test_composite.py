@@ -95,20 +95,22 @@ def collect(out: Any, leaves: list[Tensor]) -> dict[str, Tensor]:
     return result | dict(zip(grads, empty, strict=True))
 
 
-@pytest.mark.parametrize("build", usable_levels(), indirect=True)
-@pytest.mark.parametrize("extras", [False, True])
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_kernel_against_reference(build: Any, case: tuple[int, Size, int, int], extras: bool) -> None:
-    """`extras`: depth, median depth and absolute gradients together, or none of them."""
+def check_kernel(case: tuple[int, Size, int, int], extras: bool, device: torch.device | str = "cpu") -> None:
+    """Compare what the kernels draw, and its gradients, with the reference in double precision.
+
+    `extras`: depth, median depth and absolute gradients together, or none of them.
+    """
     params, features, depths, background, radii, fragile = make_inputs(*case)
-    leaves = [t.clone().requires_grad_() for t in (params, features, depths, background)]
-    absgrad = torch.zeros_like(params[..., :2]).requires_grad_()
-    isects = bin_primitives("gaussian", params, depths, radii, case[1])
+    inputs = [t.to(device) for t in (params, features, depths, background, radii)]
+    leaves = [t.clone().requires_grad_() for t in inputs[:4]]
+    absgrad = torch.zeros_like(inputs[0][..., :2]).requires_grad_()
+    isects = bin_primitives("gaussian", inputs[0], inputs[2], inputs[4], case[1])
     options: dict[str, Any] = {"depth": True, "median_depth": True, "absgrad": absgrad} if extras else {}
     out = composite("gaussian", *leaves[:3], isects, case[1], leaves[3], **options)
     outputs = [t for t in (out.features, out.alpha, out.depth) if t is not None]
-    torch.autograd.backward(outputs, upstream_of(outputs, fragile))
+    torch.autograd.backward(outputs, upstream_of(outputs, fragile.to(device)))
     got = collect((out.features, out.alpha, out.depth, out.median_depth), [*leaves, absgrad])
+    got = {name: t.cpu() for name, t in got.items()}
     wanted = expectation(case, extras)
     assert (out.depth is None) == (out.median_depth is None) == (not extras)
     for name in ("features", "alpha", "depth", "median_depth")[: 4 if extras else 2]:
@@ -119,6 +121,13 @@ def test_kernel_against_reference(build: Any, case: tuple[int, Size, int, int], 
         shape = (*got[name].shape, 1) if name == "v_depths" else got[name].shape
         # Sums over pixels of either sign: the error is that of the largest of them
         assert_rows_close(got[name].view(shape), wanted[name].view(shape), 1e-4, name, floor=1e-5)
+
+
+@pytest.mark.parametrize("build", usable_levels(), indirect=True)
+@pytest.mark.parametrize("extras", [False, True])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_kernel_against_reference(build: Any, case: tuple[int, Size, int, int], extras: bool) -> None:
+    check_kernel(case, extras)
 
 
 def splat(x: float, y: float, alpha: float, sigma: float = 1e3) -> list[float]:

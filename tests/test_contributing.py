@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import inspect
-import re
-import shutil
-import subprocess
-import sys
-import sysconfig
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,45 +12,17 @@ import torch
 
 from prismfield.export.assets import SplatAsset
 from prismfield.export.verify import differences
-from prismfield.render import kernels as kernels_module
 from prismfield.render.ops.sh import C0
 from prismfield.representations.base import Representation
 
 from . import test_conformance as conformance
+from .pages import marked_blocks, run_example
 
-ROOT = Path(__file__).resolve().parent.parent
-BLOCK = re.compile(r"^```(python|cpp) (\w+)\n(.*?)^```$", re.M | re.S)
-
-
-def blocks(language: str, section: str) -> str:
-    """The code of a section, each line where the document has it."""
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    found = [match for match in BLOCK.finditer(text) if match[1] == language and match[2] == section]
-    assert found, f"no {language} block of {section}"
-    code = ""
-    for match in found:
-        code += "\n" * (text.count("\n", 0, match.start(3)) - code.count("\n")) + match[3]
-    return code
-
-
-def run_example(section: str) -> ModuleType:
-    """A section's Python as a module."""
-    module = ModuleType(f"example_{section}")
-    sys.modules[module.__name__] = module  # dataclasses look there
-    exec(compile(blocks("python", section), str(ROOT / "CONTRIBUTING.md"), "exec"), module.__dict__)
-    return module
+PAGE = "CONTRIBUTING.md"
 
 
 def test_every_block_is_tried_here() -> None:
-    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
-    tried = {
-        ("python", "representation"),
-        ("python", "encoding"),
-        ("python", "op"),
-        ("cpp", "op"),
-        ("python", "format"),
-    }
-    assert set(re.findall(r"^```(\w+) ?(\w*)$", text, re.M)) == tried
+    assert marked_blocks(PAGE) == {("python", "representation"), ("python", "encoding"), ("python", "format")}
 
 
 CONFORMANCE = [name for name in vars(conformance) if name.startswith("test_") and "export" not in name]
@@ -64,7 +30,7 @@ CONFORMANCE = [name for name in vars(conformance) if name.startswith("test_") an
 
 @pytest.mark.parametrize("name", CONFORMANCE)
 def test_the_representation_conforms(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    example = run_example("representation")
+    example = run_example(PAGE, "representation")
     config = example.DotsConfig()
     monkeypatch.setitem(conformance.REPRESENTATIONS, "dots", example.Dots)
     monkeypatch.setitem(conformance.CONFIGS, "dots", config)
@@ -81,7 +47,7 @@ def test_the_representation_conforms(name: str, monkeypatch: pytest.MonkeyPatch)
 
 
 def test_the_representation_starts_with_the_colours_of_the_points() -> None:
-    example = run_example("representation")
+    example = run_example(PAGE, "representation")
     xyz, rgb, aabb = conformance.make_points()
     scene = example.Dots.from_points(xyz, rgb, aabb, example.DotsConfig())
     torch.testing.assert_close(scene.sh0[:, 0] * C0 + 0.5, rgb)
@@ -90,7 +56,7 @@ def test_the_representation_starts_with_the_colours_of_the_points() -> None:
 def test_the_encoding() -> None:
     """The mean product of two codes is a Gaussian of the distance: what the random waves are for."""
     torch.manual_seed(0)
-    encoding = run_example("encoding").Fourier(3, 20_000, 0.5)
+    encoding = run_example(PAGE, "encoding").Fourier(3, 20_000, 0.5)
     x, y = torch.tensor([[0.3, 0.1, 0.7]]), torch.tensor([[0.5, 0.2, 0.4]])
     assert encoding(x).shape == (1, encoding.out_dim)
     likeness = (encoding(x) * encoding(y)).sum() / 20_000
@@ -98,45 +64,8 @@ def test_the_encoding() -> None:
     assert float(likeness) == pytest.approx(wanted, abs=0.02)
 
 
-@pytest.fixture(scope="module")
-def tone_kernel(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """The C++ of the section, compiled by itself."""
-    nanobind = pytest.importorskip("nanobind", reason="nanobind is not installed: pip install -e '.[dev]'")
-    compiler = shutil.which("c++")
-    if compiler is None or sys.platform != "linux":
-        pytest.skip("compiles as on Linux, with c++")
-    folder = tmp_path_factory.mktemp("tone")
-    declared = "namespace pf { void bind_tone(nanobind::module_ &m); }\n"
-    source = declared + blocks("cpp", "op") + "NB_MODULE(tone_kernel, m) { pf::bind_tone(m); }\n"
-    (folder / "tone.cpp").write_text("#include <nanobind/nanobind.h>\n" + source)
-    home = Path(nanobind.include_dir()).parent
-    flags = ["-std=c++20", "-O0", "-shared", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Werror", "-pthread"]
-    includes = [ROOT / "render" / "csrc", sysconfig.get_path("include")]
-    system = [home / "include", home / "ext" / "robin_map" / "include"]
-    command = [compiler, *flags, *(f"-I{path}" for path in includes), *(f"-isystem{path}" for path in system)]
-    command += [str(folder / "tone.cpp"), str(home / "src" / "nb_combined.cpp"), "-o", str(folder / "tone_kernel.so")]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    sys.path.insert(0, str(folder))
-    try:
-        return __import__("tone_kernel")
-    finally:
-        sys.path.remove(str(folder))
-
-
-def test_the_op(tone_kernel: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels_module, "kernels", tone_kernel)
-    example = run_example("op")
-    example.test_tone_map_against_the_reference()  # type: ignore[attr-defined]
-    with pytest.raises(ValueError, match=r"rgb: expected \[R, 3\]"):
-        example.tone_map(torch.rand(3))
-    monkeypatch.setattr(example, "kernels_of", lambda tensor: None)  # it is the kernel that ran above
-    with pytest.raises(AttributeError):
-        example.tone_map(torch.rand(1, 3))
-
-
 def test_the_format(tmp_path: Path) -> None:
-    example = run_example("format")
+    example = run_example(PAGE, "format")
     random = np.random.default_rng(0)
     quats = random.normal(size=(7, 4)).astype(np.float32)
     quats /= np.linalg.norm(quats, axis=1, keepdims=True)

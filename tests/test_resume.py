@@ -183,6 +183,12 @@ def test_a_damaged_checkpoint_is_passed_over(file: str, copied_run: Path) -> Non
     assert "going on at step 20" in done.stderr
 
 
+def test_a_pause_that_lies_behind_is_refused(copied_run: Path) -> None:
+    """It was ignored, and the run went on to its end."""
+    line = refused("train.cli", "--resume", copied_run, "--steps", 60, "--pause-at", 20)
+    assert "--pause-at 20: the run is already at step 30" in line
+
+
 def test_without_a_whole_checkpoint_there_is_nothing_to_resume(copied_run: Path) -> None:
     for tensors in copied_run.glob("checkpoints/*/tensors.safetensors"):
         flip_a_bit(tensors)

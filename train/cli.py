@@ -105,6 +105,9 @@ def _check_unfinished(session: Session, folder: Path) -> None:
     if session.clock.done and (folder / REPORT).exists():
         end = f"{session.clock.step} steps, {session.clock.seconds / 60:.1f} minutes"
         raise ValueError(f"--resume {folder}: the run is finished ({end}); give it more --steps or --minutes to go on")
+    pause_at = session.config.pause_at
+    if pause_at is not None and pause_at <= session.clock.step:
+        raise ValueError(f"--pause-at {pause_at}: the run is already at step {session.clock.step}")
 
 
 def _finish(session: Session, folder: Path, progress: Any, began: float, kernels: str) -> None:

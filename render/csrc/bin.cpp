@@ -152,7 +152,9 @@ uint64_t *sort_keys(Scratch &scratch, int length) {
   return from;
 }
 
-void bin_sort(Floats depths, Ints tile_ranges, Ints row_starts, Ints out_ids, Ints out_rows) {
+// Right after `bin_count` of the same inputs and on the same thread: the plan is not kept for long.
+void bin_sort(std::string, Floats, Floats depths, Floats, int, int, int, Ints tile_ranges, Ints row_starts,
+              Ints out_ids, Ints out_rows) {
   static thread_local Buffer<Entry> buffer;
   const float *in_depths = depths.data();
   const int32_t *ranges = tile_ranges.data(), *starts = row_starts.data();

@@ -103,7 +103,8 @@ def _rotation_vjp(unit, inverse, v):
 @triton.jit
 def _linearize(position, camera):
     """Tangents, the same held inside the limits, the Jacobian's rows (jx, 0, jxz) and (0, jy, jyz), and 1 / z."""
-    _, (fx, fy, _, _), limits_x, limits_y = camera
+    _, intrinsics, limits_x, limits_y = camera
+    fx, fy, _, _ = intrinsics
     inverse = 1.0 / position[2]
     tan_x, tan_y = position[0] * inverse, position[1] * inverse
     held_x = tl.minimum(tl.maximum(tan_x, limits_x[0]), limits_x[1])
@@ -115,7 +116,10 @@ def _linearize(position, camera):
 @triton.jit
 def _linearize_vjp(linear, v_x, v_y, v_jacobian):
     """Gradient of the position from those of the pixel and of the Jacobian. A held tangent carries none."""
-    (tan_x, tan_y), (held_x, held_y), (jx, jxz, jy, jyz), inverse = linear
+    tangents, held, jacobian, inverse = linear
+    tan_x, tan_y = tangents
+    held_x, held_y = held
+    jx, jxz, jy, jyz = jacobian
     v_jx, v_jxz, v_jy, v_jyz = v_jacobian
     inside_x, inside_y = tl.where(held_x == tan_x, 1.0, 0.0), tl.where(held_y == tan_y, 1.0, 0.0)
     v_px = jx * v_x - jx * inverse * inside_x * v_jxz
@@ -143,7 +147,9 @@ def _footprint_vjp(u, v, footprint, v_conic, v_log_mass, ANTIALIASED: tl.constex
 
     d(inverse) = -inverse d inverse, with inverse @ (u, v) in a form that does not cancel for needles.
     """
-    normal, (var_x, covar, var_y), (sharp, added, det) = footprint
+    normal, variances, dets = footprint
+    var_x, covar, var_y = variances
+    sharp, added, det = dets
     inv_det = 1.0 / det
     a, b, c, half = var_y * inv_det, -covar * inv_det, var_x * inv_det, 0.5 * v_conic[1]
     across_u, across_v = cross(v, normal), cross(normal, u)  # half the gradients of sharp to u and v
@@ -211,8 +217,11 @@ def _project_forward_kernel(
     camera = _load_camera(viewmats, Ks, index, width, height)
     mean, quat, scale, mass = _load_gaussian(means, quats, scales, opacities, at, exists)
     position, linear, _, _, _, footprint = _to_screen(mean, _axes(_rotation(quat)[0], scale), camera)
-    _, (fx, fy, cx, cy), _, _ = camera
-    _, (var_x, covar, var_y), (sharp, _, det) = footprint
+    _, intrinsics, _, _ = camera
+    fx, fy, cx, cy = intrinsics
+    _, variances, dets = footprint
+    var_x, covar, var_y = variances
+    sharp, _, det = dets
     if ANTIALIASED:
         mass *= tl.sqrt(tl.maximum(sharp / det, 1e-12))
     x, y, depth = fx * linear[0][0] + cx, fy * linear[0][1] + cy, position[2]
@@ -302,7 +311,8 @@ def _project_backward_kernel(
     # What is never drawn may be NaN, and 0 times that is not 0
     v_scale = add(times(rotation[0], v_axes[0]), add(times(rotation[1], v_axes[1]), times(rotation[2], v_axes[2])))
     v_w, v_x, v_y, v_z = _rotation_vjp(unit, inverse, _axes(v_axes, scale))
-    v_w, (v_x, v_y, v_z) = tl.where(ever, v_w, 0.0), keep(ever, (v_x, v_y, v_z))
+    v_w = tl.where(ever, v_w, 0.0)
+    v_x, v_y, v_z = keep(ever, (v_x, v_y, v_z))
     store3(v_means, at, v_mean, exists)
     store3(v_scales, at, keep(ever, v_scale), exists)
     _store2(v_quats, 4, at, 0, v_w, v_x, exists)

@@ -116,7 +116,8 @@ def _(primitive, params, depths, radii, width, height, tile_size):
     tile_ranges = params.new_empty(tiles + 1, dtype=torch.int32)
     row_starts = params.new_empty(depths.numel() + 1, dtype=torch.int32)
     inputs = [t.detach().contiguous() for t in (params, depths, radii)]
-    count = kernels_of(params).bin_count(primitive, *inputs, width, height, tile_size, tile_ranges, row_starts)
+    arguments = (primitive, *inputs, width, height, tile_size, tile_ranges, row_starts)
+    count = kernels_of(params).bin_count(*arguments)
     ids, rows = (params.new_empty(count, dtype=torch.int32) for _ in range(2))
-    kernels_of(params).bin_sort(inputs[1], tile_ranges, row_starts, ids, rows)
+    kernels_of(params).bin_sort(*arguments, ids, rows)
     return ids, rows, tile_ranges, row_starts

@@ -91,13 +91,15 @@ class Mcmc(Fixed):
         """Langevin noise on the centres (eq. 8): lr * strength * gate(opacity) * covariance @ normal."""
         lr = next(group["lr"] for group in optimizer.param_groups if group["params"][0] is scene.means)
         is_faint = scene.opacity_logits < math.log(_GATE_OPACITY / (1 - _GATE_OPACITY))
-        tensors = (scene.quats, scene.log_scales, scene.opacities)
+        quats, log_scales, opacities = scene.quats, scene.log_scales, scene.opacities
+        strength = lr * self.config.noise
         if _all_at_once(is_faint.device):
-            scene.means.add_(torch.where(is_faint[:, None], self._noise(*tensors, lr * self.config.noise), 0.0))
+            noise = self._noise(quats, log_scales, opacities, strength)
+            scene.means.add_(torch.where(is_faint[:, None], noise, 0.0))
         else:
             faint = is_faint.nonzero().squeeze(1)
-            rows = (values[faint] for values in tensors)
-            scene.means.index_add_(0, faint, self._noise(*rows, lr * self.config.noise))
+            noise = self._noise(quats[faint], log_scales[faint], opacities[faint], strength)
+            scene.means.index_add_(0, faint, noise)
 
     def _noise(self, quats: Tensor, log_scales: Tensor, opacities: Tensor, strength: float) -> Tensor:
         """[M, 3] strength * gate(opacity) * covariance @ normal, of M Gaussians."""
