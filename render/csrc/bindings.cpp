@@ -32,6 +32,7 @@ NB_MODULE(PF_MODULE, m) {
   pf::bind_bin(m);
   pf::bind_composite(m);
   pf::bind_grid(m);
+  pf::bind_march(m);
   pf::bind_mlp(m);
   pf::bind_project(m);
   pf::bind_sh(m);

@@ -8,6 +8,7 @@ void bind_adam(nanobind::module_ &m);
 void bind_bin(nanobind::module_ &m);
 void bind_composite(nanobind::module_ &m);
 void bind_grid(nanobind::module_ &m);
+void bind_march(nanobind::module_ &m);
 void bind_mlp(nanobind::module_ &m);
 void bind_project(nanobind::module_ &m);
 void bind_sh(nanobind::module_ &m);
