@@ -238,7 +238,8 @@ void blend(const Medium &in, const Blended &out) {
       const float weight = trans * alphas[i - begin], after = trans - weight;
       if (trans > 0.5f && after <= 0.5f) {
         const float length = in.ends[i] - in.starts[i];
-        median = in.starts[i] + length * std::min(std::log(2.f * trans) / (in.sigmas[i] * length), 1.f);
+        median =
+            in.starts[i] + length * std::min(std::log(2.f * trans) / std::min(in.sigmas[i] * length, kTauMax), 1.f);
       }
       out.weights[i] = weight;
       alpha += weight, moment += weight * in.mid(i);

@@ -69,7 +69,7 @@ def composite_samples(
     blended, alpha, moment, median, weights = run(sigmas, features, t_starts, t_ends, packed_info, light)
     lit = alpha > 0
     distance = torch.where(lit, moment / torch.where(lit, alpha, 1), 0)
-    return Composited(blended, alpha, distance, median, weights)
+    return Composited(blended, alpha, distance, median.detach(), weights)
 
 
 def composite_samples_reference(
@@ -291,9 +291,8 @@ def _table(packed_info: Tensor) -> tuple[Tensor, Tensor]:
 
 def _fill(values: Tensor, table: Tensor, filled: Tensor) -> Tensor:
     """[S, ...] as [R, K, ...], 0 where there is no sample."""
-    if not len(values):
-        return values.new_zeros(*table.shape, *values.shape[1:])
-    return torch.where(filled.view(*filled.shape, *[1] * (values.dim() - 1)), values[table], 0)
+    padded = torch.cat([values, values.new_zeros(1, *values.shape[1:])])
+    return padded[torch.where(filled, table, len(values))]
 
 
 @torch.library.custom_op("prismfield::composite_samples", mutates_args=(), device_types=DEVICES)
