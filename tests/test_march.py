@@ -320,7 +320,7 @@ def test_bad_arguments() -> None:
     sigmas, features, starts, ends, runs, _ = make_samples(5, 3)
     with pytest.raises(ValueError, match=r"features: expected \[S, D\]"):
         composite_samples(sigmas, features[1:], starts, ends, runs)
-    with pytest.raises(ValueError, match="t_ends: expected dtype torch.float32"):
+    with pytest.raises(ValueError, match=r"t_ends: expected dtype torch\.float32"):
         composite_samples(sigmas, features, starts, ends.double(), runs)
     with pytest.raises(ValueError, match="packed_info: expected int64"):
         composite_samples(sigmas, features, starts, ends, runs.int())

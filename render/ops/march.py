@@ -252,8 +252,8 @@ def _is_occupied(xyz: Tensor, bits: Tensor, aabb: Tensor) -> Tensor:
     unit = (xyz - 0.5 * (aabb[0] + aabb[1])) / (0.5 * (aabb[1] - aabb[0]))  # -1..1 in level 0
     reach = unit.abs().amax(-1)
     level = torch.ceil(torch.log2(reach.clamp(min=1))).long()
-    inside = level < levels
-    level = level.clamp(max=levels - 1)
+    inside = reach <= 2 ** (levels - 1)
+    level = level.clamp(0, levels - 1)
     cell = ((unit * 0.5 ** level[..., None] * 0.5 + 0.5) * res).floor().long().clamp(0, res - 1)
     x, y, z = (cell // BLOCK).unbind(-1)
     within = cell % BLOCK
