@@ -300,11 +300,11 @@ def _composite(
     sigmas: Tensor, features: Tensor, t_starts: Tensor, t_ends: Tensor, packed_info: Tensor, light: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     rays = len(packed_info)
-    outputs = (features.new_empty(rays, features.shape[1]), *(sigmas.new_empty(n) for n in (rays, rays, rays)))
-    weights = sigmas.new_empty(len(sigmas))
+    blended, weights = features.new_empty(rays, features.shape[1]), sigmas.new_empty(len(sigmas))
+    alpha, moment, median = sigmas.new_empty(rays), sigmas.new_empty(rays), sigmas.new_empty(rays)
     inputs = (t.contiguous() for t in (sigmas, features, t_starts, t_ends, packed_info, light))
-    kernels_of(sigmas).composite_samples_forward(*inputs, *outputs, weights)
-    return *outputs, weights
+    kernels_of(sigmas).composite_samples_forward(*inputs, blended, alpha, moment, median, weights)
+    return blended, alpha, moment, median, weights
 
 
 @_composite.register_fake
