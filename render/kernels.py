@@ -7,7 +7,7 @@ import logging
 import os
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import torch
@@ -74,6 +74,20 @@ def _why_missing() -> str:
     return "this installation has none; install with pip, with a C++20 compiler at hand"
 
 
+GPU_TABLES = ("prismfield.render.gpu.bindings", "prismfield.encodings.gpu.bindings")
+"""Who has Triton kernels. By name, as the compiled modules: nothing here imports what is built on it."""
+
+
+def gpu_table() -> SimpleNamespace:
+    """The Triton kernels under the names that the compiled ones have.
+
+    Raises:
+        ImportError: there is no Triton, or one that is too old.
+    """
+    tables = [vars(importlib.import_module(name)) for name in GPU_TABLES]
+    return SimpleNamespace(**{name: value for table in tables for name, value in table.items() if name[0] != "_"})
+
+
 def load_gpu_kernels() -> tuple[Any, str]:
     """The Triton kernels (or None) and one line that says which they are and why.
 
@@ -87,7 +101,7 @@ def load_gpu_kernels() -> tuple[Any, str]:
     try:
         import triton
 
-        return importlib.import_module("prismfield.render.gpu.bindings"), f"Triton {triton.__version__}"
+        return gpu_table(), f"Triton {triton.__version__}"
     except Exception as error:  # a broken or too old Triton fails in its own ways
         return None, f"slow reference instead of the Triton kernels: they cannot be loaded ({error})"
 

@@ -29,9 +29,8 @@ def triton_device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     if torch.cuda.is_available():
         return torch.device("cuda")
     from prismfield.render import kernels
-    from prismfield.render.gpu import bindings
 
-    monkeypatch.setattr(kernels, "kernels", bindings)
+    monkeypatch.setattr(kernels, "kernels", kernels.gpu_table())
     return torch.device("cpu")
 
 

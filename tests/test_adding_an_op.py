@@ -61,12 +61,11 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def triton(files: Path, triton_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """Where the page's Triton kernels run, which the table of kernels now has."""
-    from prismfield.render.gpu import bindings
-
     monkeypatch.setattr(prismfield.render.gpu, "__path__", [*prismfield.render.gpu.__path__, str(files / "gpu")])
     module = importlib.import_module(GPU)
+    table = kernels_module.kernels_of(torch.empty(0, device=triton_device))
     for name in ("srgb_forward", "srgb_backward"):
-        monkeypatch.setattr(bindings, name, getattr(module, name), raising=False)
+        monkeypatch.setattr(table, name, getattr(module, name), raising=False)
     return triton_device
 
 

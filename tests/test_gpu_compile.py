@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 
+from prismfield.encodings.grid import Cells, Grid
 from prismfield.render import kernels as kernels_module
 from prismfield.render.ops.adam import adam_step
 from prismfield.render.ops.composite import MAX_CHANNELS
@@ -68,7 +70,20 @@ def run_rasterizer(device: torch.device) -> None:
         rasterize("gaussian", (screen[0], screen[1], screen[2]), features, cameras).rgb.sum().backward()
 
 
-RUNS: list[Callable[[torch.device], None]] = [run_adam, run_loss, run_rasterizer]
+def run_grid(device: torch.device) -> None:
+    forms: list[tuple[int, Cells, int, bool]] = [
+        (2, "cubes", 4, False),
+        (3, "cubes", 2, False),
+        (3, "cubes", 8, True),
+        (3, "simplices", 2, False),
+        (4, "simplices", 8, False),
+    ]
+    for dims, cells, features, smooth in forms:
+        grid = Grid(dims, cells=cells, levels=1, features=features, log2_rows=4, coarsest=2, finest=2, smooth=smooth)
+        grid.to(device)(torch.rand(2, dims, device=device, requires_grad=True)).sum().backward()
+
+
+RUNS: list[Callable[[torch.device], None]] = [run_adam, run_loss, run_rasterizer, run_grid]
 """What starts the kernels, as training and rendering do."""
 
 
@@ -112,11 +127,9 @@ def test_all_kernels_compile_without_spills(
 
 def test_every_kernel_is_among_them(specs: list[dict[str, Any]]) -> None:
     """A new kernel that no run starts would be compiled first on a user's machine."""
-    from prismfield.render.gpu import bindings
-
-    folder = Path(bindings.__file__).parent
+    tables = [Path(str(importlib.import_module(name).__file__)) for name in kernels_module.GPU_TABLES]
     defined = set()
-    for path in folder.glob("*.py"):
+    for path in (path for table in tables for path in table.parent.glob("*.py")):
         text = path.read_text(encoding="utf-8")
         defined |= {
             line.removeprefix("def ").split("(")[0]
@@ -127,12 +140,10 @@ def test_every_kernel_is_among_them(specs: list[dict[str, Any]]) -> None:
 
 
 def test_the_table_has_what_the_compiled_module_has(triton_device: torch.device) -> None:
-    from prismfield.render.gpu import bindings
-
     module = kernels_module.load_kernels("")[0]
     if module is None:
         pytest.skip("no compiled kernels")
     threads = {"num_threads", "set_num_threads", "cpu_level", "keep_freed_memory"}
     names = {name for name in dir(module) if not name.startswith("_")} - threads
     constants = {name for name in names if not callable(getattr(module, name))} - {"tile_size"}
-    assert names - constants <= set(dir(bindings))
+    assert names - constants <= set(vars(kernels_module.gpu_table()))

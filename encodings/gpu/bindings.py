@@ -1,0 +1,4 @@
+"""The encodings' part of the table of Triton kernels (see `render/gpu/bindings.py`)."""
+
+from prismfield.encodings.gpu.grid import grid_backward as grid_backward
+from prismfield.encodings.gpu.grid import grid_forward as grid_forward
