@@ -71,7 +71,7 @@ class FieldConfig:
     """Cells along the longest side of the bounds, of the grid that says where there is something; a multiple of 16."""
     nests: int = 5
     """How many such grids around each other, each twice as large; with "space"."""
-    steps: int = 1024
+    steps: int = 512
     """Steps of a ray along the diagonal of the bounds."""
     cone: float = 1 / 256
     """Steps are at least this share of the distance from the camera; with "space"."""

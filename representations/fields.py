@@ -56,7 +56,6 @@ class Field(nn.Module):
         self.config, self.jitter = config, None
         self.grid = OccupancyGrid(aabb, config.occupancy, config.nests if unbounded else 1)
         self.register_buffer("unbounded", torch.tensor(unbounded))
-        self.center = self.grid.aabb.mean(0).tolist()
         size = self.grid.aabb[1] - self.grid.aabb[0]
         self.radius = 0.5 * float(size.max())
         """Half of the longest side of the bounds, scene units."""
@@ -168,7 +167,7 @@ class Field(nn.Module):
         codes = sh_basis(dirs, _SH_DEGREE)  # of rays: they are fewer than the samples
 
         def query(xyz: Tensor, _dirs: Tensor) -> tuple[Tensor, Tensor]:
-            return self._query(xyz, codes[samples.ray_indices])
+            return self._query(xyz, codes.index_select(0, samples.ray_indices))
 
         return march(samples, origins, dirs, query, background, extras, cosines=cosines), len(samples)
 
@@ -192,8 +191,12 @@ class Field(nn.Module):
 
     def _decode(self, xyz: Tensor) -> tuple[Tensor, Tensor]:
         """Densities [S] and what the colour network gets."""
-        unit = (xyz - xyz.new_tensor(self.center)) / self.radius
-        encoded = self.encoding((contract(unit) + 2) / 4 if len(self.grid.density) > 1 else (unit + 1) / 2)
+        # In units of half the longest side, from -1 to 1, or contracted from -2 to 2; then from 0 to 1
+        offset = self.grid.aabb.mean(0) / -self.radius
+        if len(self.grid.density) > 1:
+            encoded = self.encoding(0.25 * contract(torch.add(offset, xyz, alpha=1 / self.radius)) + 0.5)
+        else:
+            encoded = self.encoding(torch.add(0.5 * offset + 0.5, xyz, alpha=0.5 / self.radius))
         raw, features = self._split(encoded)
         sigmas: Tensor = _TruncatedExp.apply(raw)  # type: ignore[no-untyped-call]
         return sigmas / self.radius, features

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,18 @@ from prismfield.export.assets import SplatAsset
 from prismfield.export.ply import read_ply, write_ply
 from prismfield.render.cameras import Cameras
 from prismfield.representations.base import REPRESENTATIONS, Representation
-from prismfield.representations.config import GaussiansConfig
+from prismfield.representations.config import FieldConfig, GaussiansConfig
 
-CONFIGS: dict[str, Any] = {"gaussians": GaussiansConfig(sh_degree=2, init_opacity=0.6)}
+_FIELD = FieldConfig(
+    levels=4, log2_rows=12, coarsest=4, finest=24, width=16, extent="box", occupancy=16, steps=24, lr=2e-3
+)
+CONFIGS: dict[str, Any] = {
+    "gaussians": GaussiansConfig(sh_degree=2, init_opacity=0.6),
+    "hash": _FIELD,
+    "simplex": _FIELD,
+    "triplane": _FIELD,
+    "voxel": replace(_FIELD, log2_rows=15),
+}
 SPLATS = {"gaussians"}
 """Those whose tensors a splat file can hold."""
 
