@@ -19,6 +19,7 @@ from prismfield.encodings.grid import Cells, Grid
 from prismfield.render import kernels as kernels_module
 from prismfield.render.ops.adam import adam_step
 from prismfield.render.ops.composite import MAX_CHANNELS
+from prismfield.render.ops.march import composite_samples, distortion_loss, march_occupancy
 from prismfield.render.ops.project import project
 from prismfield.render.ops.ssim import photometric_loss
 from prismfield.render.rasterize import rasterize
@@ -83,7 +84,23 @@ def run_grid(device: torch.device) -> None:
         grid.to(device)(torch.rand(2, dims, device=device, requires_grad=True)).sum().backward()
 
 
-RUNS: list[Callable[[torch.device], None]] = [run_adam, run_loss, run_rasterizer, run_grid]
+def run_marcher(device: torch.device) -> None:
+    """A bounded scene, and one of nested boxes in which steps grow."""
+    rays = (torch.zeros(4, 3), torch.tensor([[0.0, 0.6, 0.8]]).repeat(4, 1), torch.tensor([[0.0, 9.0]]).repeat(4, 1))
+    inputs = [t.to(device) for t in (*rays, torch.zeros(4))]
+    box = torch.tensor([[-1.0, -1.0, -1.0], [1.0, 1.0, 1.0]], device=device)
+    for levels, cone in ((1, 0.0), (5, 1 / 256)):
+        bits = torch.full((levels, 4, 4, 4), -1, dtype=torch.int64, device=device)
+        starts, ends, _, runs = march_occupancy(*inputs, bits, box, step=0.2, cone=cone, max_samples=4)
+    sigmas = torch.ones_like(starts, requires_grad=True)
+    distortion_loss(sigmas, starts, ends, runs).sum().backward()
+    for channels in (0, 3, 4, 19):
+        features = torch.ones(len(starts), channels, device=device, requires_grad=True)
+        out = composite_samples(sigmas, features, starts, ends, runs)
+        (out.features.sum() + out.alpha.sum() + out.distance.sum()).backward()
+
+
+RUNS: list[Callable[[torch.device], None]] = [run_adam, run_loss, run_rasterizer, run_grid, run_marcher]
 """What starts the kernels, as training and rendering do."""
 
 

@@ -6,6 +6,12 @@ from prismfield.render.gpu.bin import bin_sort as bin_sort
 from prismfield.render.gpu.composite import composite_backward as composite_backward
 from prismfield.render.gpu.composite import composite_forward as composite_forward
 from prismfield.render.gpu.composite import tile_size as tile_size
+from prismfield.render.gpu.march import composite_samples_backward as composite_samples_backward
+from prismfield.render.gpu.march import composite_samples_forward as composite_samples_forward
+from prismfield.render.gpu.march import distortion_backward as distortion_backward
+from prismfield.render.gpu.march import distortion_forward as distortion_forward
+from prismfield.render.gpu.march import march_count as march_count
+from prismfield.render.gpu.march import march_fill as march_fill
 from prismfield.render.gpu.project import project_backward as project_backward
 from prismfield.render.gpu.project import project_forward as project_forward
 from prismfield.render.gpu.sh import sh_backward as sh_backward
