@@ -84,12 +84,12 @@ class Cameras:
         if self.model != "pinhole":
             raise ValueError(f"rays: expected pinhole cameras, got {self.model!r}; undistort the images first")
         camera, column, row = pixels.long().unbind(-1)
-        Ks = self.Ks[camera]
+        Ks = self.Ks.index_select(0, camera)  # unlike that of Ks[camera], its backward pass is the same in each run
         x = (column + 0.5 - Ks[:, 0, 2]) / Ks[:, 0, 0]
         y = (row + 0.5 - Ks[:, 1, 2]) / Ks[:, 1, 1]
         dirs_cam = torch.stack([x, y, torch.ones_like(x)], -1)
-        dirs = (self.viewmats[camera, :3, :3].mT @ dirs_cam[..., None]).squeeze(-1)
-        return self.centers[camera], torch.nn.functional.normalize(dirs, dim=-1)
+        dirs = (self.viewmats.index_select(0, camera)[:, :3, :3].mT @ dirs_cam[..., None]).squeeze(-1)
+        return self.centers.index_select(0, camera), torch.nn.functional.normalize(dirs, dim=-1)
 
     @classmethod
     def from_camtoworlds(cls, camtoworlds: Tensor, Ks: Tensor, width: int, height: int) -> Self:

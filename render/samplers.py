@@ -41,8 +41,9 @@ class Samples:
 
     def points(self, origins: Tensor, dirs: Tensor) -> tuple[Tensor, Tensor]:
         """Midpoints [S, 3] and directions [S, 3] of the samples of rays [R, 3]."""
-        along = dirs[self.ray_indices]
-        return torch.addcmul(origins[self.ray_indices], along, self.mids[:, None]), along
+        # Unlike that of dirs[...], the backward pass of index_select is the same in each run
+        along = dirs.index_select(0, self.ray_indices)
+        return torch.addcmul(origins.index_select(0, self.ray_indices), along, self.mids[:, None]), along
 
 
 @dataclass(frozen=True)
@@ -93,8 +94,9 @@ class OccupancyGrid(nn.Module):
     def occupied(self) -> Tensor:
         """[levels, res, res, res] bool."""
         levels, blocks = self.bits.shape[:2]
-        shifts = torch.arange(BLOCK**3, device=self.bits.device)
-        cells = (self.bits[..., None] >> shifts & 1).bool().view(levels, blocks, blocks, blocks, BLOCK, BLOCK, BLOCK)
+        shifts = torch.arange(8, dtype=torch.uint8, device=self.bits.device)
+        cells = (self.bits.view(torch.uint8)[..., None] >> shifts & 1).bool()
+        cells = cells.view(levels, blocks, blocks, blocks, BLOCK, BLOCK, BLOCK)
         side = blocks * BLOCK
         return cells.permute(0, 1, 4, 2, 5, 3, 6).reshape(levels, side, side, side)
 
@@ -107,8 +109,9 @@ class OccupancyGrid(nn.Module):
             )
         levels, blocks = self.bits.shape[:2]
         cells = occupied.view(levels, blocks, BLOCK, blocks, BLOCK, blocks, BLOCK).permute(0, 1, 3, 5, 2, 4, 6)
-        powers = 1 << torch.arange(BLOCK**3, device=self.bits.device)  # the last is negative: the sign is a bit, too
-        self.bits.copy_((cells.reshape(*self.bits.shape, BLOCK**3) * powers).sum(-1))
+        powers = 1 << torch.arange(8, dtype=torch.uint8, device=self.bits.device)
+        eights = cells.reshape(*self.bits.shape, 8, 8).view(torch.uint8) * powers
+        self.bits.copy_(eights.sum(-1, dtype=torch.uint8).view(torch.int64).squeeze(-1))
 
     @torch.no_grad()
     def sample(
@@ -174,8 +177,7 @@ class OccupancyGrid(nn.Module):
             # A cell that was chosen twice takes the larger of what was seen in it
             flat.scatter_reduce_(0, part, torch.where(old < 0, old, old * decay), "amin")
             flat.scatter_reduce_(0, part, torch.where(old < 0, old, seen), "amax")
-        allowed = flat[flat >= 0]
-        mean = allowed.mean() if len(allowed) else flat.new_zeros(())
+        mean = flat.clamp(min=0).sum() / (flat >= 0).sum().clamp(min=1)
         self.set_occupied(self.density > mean.clamp(max=threshold))
 
     @torch.no_grad()

@@ -14,9 +14,10 @@ from prismfield.render.cameras import Cameras
 from prismfield.render.checks import check_shapes
 from prismfield.render.contraction import contract
 from prismfield.render.march import Marched, march, trace
+from prismfield.render.ops.march import composite_samples
 from prismfield.render.ops.sh import sh_basis
 from prismfield.render.output import RenderOutput
-from prismfield.render.samplers import CHUNK, OccupancyGrid
+from prismfield.render.samplers import CHUNK, OccupancyGrid, Samples
 from prismfield.representations.config import FieldConfig
 
 _FEATURES = 16  # that the density network hands to the colour network, Instant NGP, section 5.3
@@ -136,7 +137,7 @@ class Field(nn.Module):
         learns = any(parameter.requires_grad for parameter in self.parameters())
         learns = torch.is_grad_enabled() and (learns or cameras.viewmats.requires_grad)
         origins, dirs = cameras.rays(wanted)
-        cosines = (cameras.viewmats[wanted[:, 0], 2, :3] * dirs).sum(-1)
+        cosines = (cameras.viewmats[:, 2, :3].index_select(0, wanted[:, 0]) * dirs).sum(-1)
         behind = background[wanted[:, 0]] if background is not None else None
         parts, samples = [], 0
         # A step's pixels come at once, as their number suits it.
@@ -159,17 +160,30 @@ class Field(nn.Module):
     def _march(
         self, origins: Tensor, dirs: Tensor, background: Tensor | None, extras: Collection[str], cosines: Tensor
     ) -> tuple[Marched, int]:
-        """All samples, with gradients; and how many there were."""
+        """With gradients, of all samples that light reaches; and how many these were."""
         shift = None if self.jitter is None else torch.rand(len(origins), generator=self.jitter).to(origins)
         near, step, cone = self._steps()
         rays = (origins.detach(), dirs.detach())
         samples = self.grid.sample(*rays, near, _FAR, step, max_samples=_MOST_SAMPLES, jitter=shift, cone=cone)
+        samples = self._lit(samples, *rays)
         codes = sh_basis(dirs, _SH_DEGREE)  # of rays: they are fewer than the samples
 
         def query(xyz: Tensor, _dirs: Tensor) -> tuple[Tensor, Tensor]:
             return self._query(xyz, codes.index_select(0, samples.ray_indices))
 
         return march(samples, origins, dirs, query, background, extras, cosines=cosines), len(samples)
+
+    @torch.no_grad()
+    def _lit(self, samples: Samples, origins: Tensor, dirs: Tensor) -> Samples:
+        """Those in front of what is opaque: the others have no share in the picture, and no gradient."""
+        xyz, _ = samples.points(origins, dirs)
+        sigmas = torch.cat([self.density(part) for part in xyz.split(CHUNK)]) if len(xyz) else xyz.new_empty(0)
+        t = (samples.t_starts, samples.t_ends, samples.packed_info)
+        kept = composite_samples(sigmas, sigmas.new_empty(len(sigmas), 0), *t).weights > 0
+        rays = samples.ray_indices[kept]
+        counts = torch.bincount(rays, minlength=len(origins))
+        packed_info = torch.stack([counts.cumsum(0) - counts, counts], -1)
+        return Samples(samples.t_starts[kept], samples.t_ends[kept], rays, packed_info)
 
     def _trace(
         self, origins: Tensor, dirs: Tensor, background: Tensor | None, extras: Collection[str], cosines: Tensor

@@ -33,7 +33,8 @@ class DataConfig:
     """Masks outline the object: train what they leave out to be empty. Else it is unknown, and with few views whatever
     suits them comes to float there."""
     random_background: bool = False
-    """Blend images with an alpha channel over a new colour each step, instead of always over the same."""
+    """Blend images with an alpha channel over a new colour each step, instead of always over the same; radiance fields
+    always do."""
 
 
 @dataclass(frozen=True)

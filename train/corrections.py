@@ -25,7 +25,9 @@ class Exposure(nn.Module):
     def forward(self, rgb: Tensor, index: int | Tensor) -> Tensor:
         """Rendered [C, H, W, 3] as image `index` would have recorded it, or [R, 3] as the images `index` [R]."""
         # The mean is detached: else Adam, which scales gradients up, would move every image's map in every step.
-        delta = self.deltas[index] - self.deltas.detach().mean(0)
+        # Unlike that of deltas[index], the backward pass of index_select is the same in each run.
+        own = self.deltas[index] if isinstance(index, int) else self.deltas.index_select(0, index)
+        delta = own - self.deltas.detach().mean(0)
         affine = delta + torch.eye(3, 4, device=delta.device)
         if affine.ndim == 2:
             return rgb @ affine[:, :3].T + affine[:, 3]

@@ -195,6 +195,8 @@ def make_batches(
     }
     if batching == "image":
         return Batches(views, **options)
+    # Over one colour alone, fog of that colour in empty space goes unnoticed.
+    options["random_background"] = True
     return PixelBatches(views, samples=config.schedule.samples, with_depth=config.loss.depth_weight > 0, **options)
 
 
