@@ -30,10 +30,10 @@ _TRANS_MIN, _TAU_MAX = tl.constexpr(TRANS_MIN), tl.constexpr(TAU_MAX)
 @triton.jit
 def _steps_until(t, step, cone, CONE: tl.constexpr):
     """Steps from 0 to the distance t: of the length `step`, or of `cone` times the distance where that is more."""
-    steps = t / step
+    steps = t * (1.0 / step)
     if CONE:
         turn = step / cone
-        steps = tl.where(t > turn, (tl.log(tl.maximum(t, turn) / turn) + 1.0) / cone, steps)
+        steps = tl.where(t > turn, (tl.log(tl.maximum(t, turn) * (1.0 / turn)) + 1.0) * (1.0 / cone), steps)
     return steps
 
 
@@ -67,27 +67,29 @@ def _look(bits, origin, along, inverse, t, far, going, side, LEVELS: tl.constexp
     for d in tl.static_range(3):
         unit += (origin[d] + t * along[d],)
         reach = tl.maximum(reach, tl.abs(unit[d]))
-    level, scale = tl.zeros_like(going.to(tl.int32)), tl.full(t.shape, 1.0, tl.float32)
+    res, cells, level = side * _BLOCK, (), tl.zeros_like(going.to(tl.int32))
+    middle = res * 0.5
+    width = tl.zeros_like(t) + 1.0 / middle  # of a cell
+    per_unit = tl.zeros_like(t) + middle
     for k in tl.static_range(LEVELS - 1):
         beyond = reach > 2.0**k
         level += beyond.to(tl.int32)
-        scale = tl.where(beyond, 2.0 ** (k + 1), scale)
-    res, cells = side * _BLOCK, ()
+        width = tl.where(beyond, width * 2.0, width)
+        per_unit = tl.where(beyond, per_unit * 0.5, per_unit)
     index, bit = level, tl.zeros_like(level)
     for d in tl.static_range(3):
-        place = (unit[d] / scale * 0.5 + 0.5) * res
+        place = unit[d] * per_unit + middle
         # Within the grid before it becomes an integer: rounding may carry the end of the ray across the border
         cells += (tl.minimum(tl.maximum(place, 0.0), res - 1.0).to(tl.int32),)
         index = index * side + cells[d] // _BLOCK
         bit = bit * _BLOCK + cells[d] % _BLOCK
     word = tl.load(bits + index, mask=going, other=0)
-    width = scale * (2.0 / res)
     leaves = far
     for d in tl.static_range(3):
         first = tl.where(word == 0, cells[d] // _BLOCK * _BLOCK, cells[d])
         size = tl.where(word == 0, _BLOCK, 1)
         border = first + tl.where(along[d] > 0, size, 0)
-        leaves = tl.minimum(leaves, (border * width - scale - origin[d]) * inverse[d])
+        leaves = tl.minimum(leaves, ((border - middle) * width - origin[d]) * inverse[d])
     return ((word >> bit.to(tl.int64)) & 1) != 0, leaves
 
 
@@ -115,7 +117,8 @@ def _march_kernel(
 ):
     """Counts the samples of each ray where `fill` is 0; otherwise writes as many as have been counted."""
     ray = tl.program_id(0).to(tl.int64) * LANES + tl.arange(0, LANES)
-    exists, fills = ray < rays, fill != 0
+    exists = ray < rays
+    fills = tl.where(exists, fill, 0) != 0
     near = tl.load(ranges + 2 * ray, mask=exists, other=0.0)
     far = tl.load(ranges + 2 * ray + 1, mask=exists, other=0.0)
     usable = exists & (near < far)
@@ -134,8 +137,8 @@ def _march_kernel(
     edge = _steps_until(near, step, cone, CONE) - shift
     steps = tl.ceil(_steps_until(far, step, cone, CONE) - edge)
     count = tl.where(usable & (steps > 0), tl.minimum(steps, _MOST_STEPS), 0.0)  # 0, too, where it is not a number
-    place = tl.load(packed_info + 2 * ray, mask=exists & fills, other=0)
-    limit = tl.load(packed_info + 2 * ray + 1, mask=exists & fills, other=0)
+    place = tl.load(packed_info + 2 * ray, mask=fills, other=0)
+    limit = tl.load(packed_info + 2 * ray + 1, mask=fills, other=0)
     limit = tl.where(fills, limit, most)
     found, k = tl.zeros_like(limit), tl.zeros_like(edge)
     going = (k < count) & (found < limit)
@@ -152,7 +155,7 @@ def _march_kernel(
         onward = tl.ceil(_steps_until(leaves, step, cone, CONE) - edge - (cone + 0.51))
         k = tl.minimum(tl.where(hit, k + 1.0, tl.maximum(onward, k + 1.0)), count)
         going = (k < count) & (found < limit)
-    tl.store(packed_info + 2 * ray + 1, found, mask=exists & (fill == 0))
+    tl.store(packed_info + 2 * ray + 1, found, mask=tl.where(exists, fill, 1) == 0)
 
 
 @triton.jit
