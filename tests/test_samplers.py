@@ -382,7 +382,7 @@ def test_bad_arguments() -> None:
         grid.sample(origins, dirs, 0.1, 1.0, 0.1, max_samples=9, jitter=torch.zeros(4))
     with pytest.raises(ValueError, match=r"dirs: expected dtype torch\.float32 like origins"):
         grid.sample(origins, dirs.double(), 0.1, 1.0, 0.1, max_samples=9)
-    with pytest.raises(ValueError, match=r"bits: expected int64 and a multiple of 4"):
+    with pytest.raises(ValueError, match=r"bits: expected int64, levels of a multiple of 4 blocks"):
         march_occupancy(origins, dirs, dirs[:, :2], dirs[:, 0], grid.bits[:, 1:, 1:, 1:], AABB, step=1, max_samples=9)
     with pytest.raises(ValueError, match="occupied: expected bool"):
         grid.set_occupied(torch.ones(1, 16, 16, 16))

@@ -3,13 +3,13 @@
 // Rays are independent, each is one thread's, and so no result depends on the number of threads.
 #include <algorithm>
 #include <cmath>
+#include <memory>
+#include <vector>
 #include "arrays.h"
 #include "bindings.h"
 #include "constants.h"
 #include "parallel.h"
 #include "simd.h"
-
-#define PF_NOINLINE __attribute__((noinline))
 
 namespace pf {
 namespace {
@@ -20,22 +20,57 @@ constexpr float kTauMax = 80.f;  // optical depth at which light is gone
 constexpr int64_t kMostSteps = 1 << 24;
 
 // Steps that grow with the distance: of length `step`, or of `cone` times the distance where that is more.
-struct Steps {
-  float step, cone;
+class Steps {
+ public:
+  Steps(float step, float cone)
+      : step_(step),
+        cone_(cone),
+        per_step_(1.f / step),
+        turn_(cone > 0.f ? step / cone : INFINITY),
+        growth_(std::exp(cone)) {}
 
-  float until(float t) const {
-    const float turn = step / cone;
-    return cone == 0.f || t <= turn ? t / step : (1.f + std::log(t / turn)) / cone;
-  }
+  float cone() const { return cone_; }
+  float until(float t) const { return t <= turn_ ? t * per_step_ : (1.f + std::log(t / turn_)) / cone_; }
   float distance(float steps) const {
-    return cone == 0.f || steps * cone <= 1.f ? steps * step : step / cone * std::exp(steps * cone - 1.f);
+    return steps * step_ <= turn_ ? steps * step_ : turn_ * std::exp(steps * cone_ - 1.f);
   }
+  // The distance one step behind `start`, which is where so many `steps` end.
+  float next(float start, float steps) const { return start > turn_ ? start * growth_ : distance(steps + 1.f); }
+
+ private:
+  float step_, cone_, per_step_, turn_, growth_;
 };
 
 struct Grid {
   const int64_t *bits;
-  int levels, side;  // blocks along an axis
-  float center[3], half[3];  // of level 0
+  int levels, side;                 // blocks along an axis
+  float width;                      // of a cell, where the cube of level 0 reaches from -1 to 1
+  float center[3], half[3];         // of level 0
+  std::vector<uint8_t> is_skipped;  // a group of 4 x 4 x 4 blocks: empty, and nothing of a finer level in it
+
+  Grid(Longs words, Floats aabb)
+      : bits(words.data()),
+        levels(static_cast<int>(words.shape(0))),
+        side(static_cast<int>(words.shape(1))),
+        width(2.f / (side * kBlock)) {
+    for (int d = 0; d < 3; d++) {
+      const float low = aabb.data()[d], high = aabb.data()[3 + d];
+      center[d] = 0.5f * (low + high), half[d] = 0.5f * (high - low);
+    }
+    is_skipped.assign(static_cast<size_t>(levels) * groups() * groups() * groups(), 1);
+    for (int64_t row = 0; row < int64_t{levels} * side * side; row++) {
+      const int level = static_cast<int>(row / (side * side)), x = row / side % side, y = row % side;
+      for (int z = 0; z < side; z++)
+        if (bits[row * side + z] || (level > 0 && is_inner(x) && is_inner(y) && is_inner(z)))
+          is_skipped[group(level, x, y, z)] = 0;
+    }
+  }
+
+  int groups() const { return side / kBlock; }  // along an axis
+  bool is_inner(int block) const { return block >= side / 4 && block < side - side / 4; }
+  int64_t group(int level, int x, int y, int z) const {
+    return ((int64_t{level} * groups() + x / kBlock) * groups() + y / kBlock) * groups() + z / kBlock;
+  }
 };
 
 // A ray in units in which level 0 is the cube from -1 to 1.
@@ -55,28 +90,31 @@ struct Ray {
   }
 
   // Whether the cell at distance t is occupied; where not, `exit` is at most the distance at which the ray leaves the
-  // empty cell, or the empty block around it.
+  // empty cell, or what is empty around it.
   bool is_occupied(const Grid &grid, float t, float *exit) const {
     float unit[3], reach = 0.f;
     for (int d = 0; d < 3; d++) unit[d] = origin[d] + t * dir[d], reach = std::max(reach, std::fabs(unit[d]));
     int level = 0;
-    float scale = 1.f;
-    while (reach > scale && level < grid.levels - 1) level++, scale *= 2.f;
+    float scale = 1.f, per_unit = 0.5f * grid.side * kBlock;  // cells in a unit of this level
+    const float middle = per_unit;
+    while (reach > scale && level < grid.levels - 1) level++, scale *= 2.f, per_unit *= 0.5f;
     const int res = grid.side * kBlock;
-    int cell[3];
-    for (int d = 0; d < 3; d++)
-      cell[d] = std::clamp(static_cast<int>((unit[d] / scale * 0.5f + 0.5f) * res), 0, res - 1);
-    const int64_t index =
-        ((int64_t{level} * grid.side + cell[0] / kBlock) * grid.side + cell[1] / kBlock) * grid.side + cell[2] / kBlock;
+    int cell[3], block[3];
+    for (int d = 0; d < 3; d++) {
+      cell[d] = std::clamp(static_cast<int>(unit[d] * per_unit + middle), 0, res - 1);
+      block[d] = cell[d] / kBlock;
+    }
+    const int64_t index = ((int64_t{level} * grid.side + block[0]) * grid.side + block[1]) * grid.side + block[2];
     const uint64_t word = static_cast<uint64_t>(grid.bits[index]);
     const int bit = cell[0] % kBlock * 16 + cell[1] % kBlock * 4 + cell[2] % kBlock;
     if (word >> bit & 1) return true;
-    const int size = word ? 1 : kBlock;
-    const float width = 2.f * scale / res;
+    const bool is_far = grid.is_skipped[grid.group(level, block[0], block[1], block[2])];
+    const int size = is_far ? kBlock * kBlock : word ? 1 : kBlock;
+    const float width = grid.width * scale;
     *exit = far;
     for (int d = 0; d < 3; d++) {
       const int border = (cell[d] / size + (dir[d] > 0.f)) * size;
-      *exit = std::min(*exit, (border * width - scale - origin[d]) * inverse[d]);
+      *exit = std::min(*exit, ((border - middle) * width - origin[d]) * inverse[d]);
     }
     return false;
   }
@@ -86,7 +124,7 @@ struct March {
   const float *origins, *dirs, *ranges, *jitter;
   Grid grid;
   Steps steps;
-  int64_t rays, most;
+  int64_t rays;
 };
 
 // The steps along one ray whose midpoints are occupied, one after the other.
@@ -100,13 +138,12 @@ class Walk {
     count_ = static_cast<int64_t>(std::min(std::ceil(in.steps.until(ray_.far) - first + jitter), float{kMostSteps}));
   }
 
-  // Not inlined: counting and filling have to round alike.
-  PF_NOINLINE bool next(float *start, float *end) {
+  bool next(float *start, float *end) {
     const Steps &steps = in_.steps;
-    const float guard = 0.5f + 0.01f + steps.cone;  // a step too early costs a look, one too late would be missed
+    const float guard = 0.5f + 0.01f + steps.cone();  // a step too early costs a look, one too late would be missed
     while (k_ < count_) {
-      *start = std::max(steps.distance(edge_ + k_), ray_.near);
-      *end = std::min(steps.distance(edge_ + (k_ + 1)), ray_.far);
+      const float from = steps.distance(edge_ + k_);
+      *start = std::max(from, ray_.near), *end = std::min(steps.next(from, edge_ + k_), ray_.far);
       float exit;
       if (ray_.is_occupied(in_.grid, 0.5f * (*start + *end), &exit)) {
         k_++;
@@ -124,59 +161,55 @@ class Walk {
   int64_t k_ = 0, count_ = 0;
 };
 
-March make_march(Floats origins, Floats dirs, Floats ranges, Floats jitter, Longs bits, Floats aabb, float step,
-                 float cone, int64_t most) {
-  March in{origins.data(),
-           dirs.data(),
-           ranges.data(),
-           jitter.data(),
-           {},
-           {step, cone},
-           static_cast<int64_t>(origins.shape(0)),
-           most};
-  in.grid.bits = bits.data();
-  in.grid.levels = static_cast<int>(bits.shape(0)), in.grid.side = static_cast<int>(bits.shape(1));
-  for (int d = 0; d < 3; d++) {
-    const float low = aabb.data()[d], high = aabb.data()[3 + d];
-    in.grid.center[d] = 0.5f * (low + high), in.grid.half[d] = 0.5f * (high - low);
+// What was found for each kRays rays, until it is known where it belongs.
+struct Piece {
+  float start, end;
+};
+using Found = std::vector<std::vector<Piece>>;
+
+// Writes the runs of each ray; returns the number of samples and what `march_fill` takes.
+nb::tuple march_count(Floats origins, Floats dirs, Floats ranges, Floats jitter, Longs bits, Floats aabb, float step,
+                      float cone, int64_t most, Longs packed_info) {
+  const March in{origins.data(),
+                 dirs.data(),
+                 ranges.data(),
+                 jitter.data(),
+                 Grid(bits, aabb),
+                 Steps(step, cone),
+                 static_cast<int64_t>(origins.shape(0))};
+  int64_t *runs = packed_info.data(), total = 0;
+  auto found = std::make_unique<Found>((in.rays + kRays - 1) / kRays);
+  {
+    nb::gil_scoped_release unlocked;
+    parallel_for(static_cast<int64_t>(found->size()), 1, [&](int64_t chunk, int64_t end) {
+      for (; chunk < end; chunk++) {
+        std::vector<Piece> &pieces = (*found)[chunk];
+        for (int64_t ray = chunk * kRays; ray < std::min((chunk + 1) * kRays, in.rays); ray++) {
+          Walk walk(in, ray);
+          int64_t count = 0;
+          for (Piece piece; count < most && walk.next(&piece.start, &piece.end); count++) pieces.push_back(piece);
+          runs[2 * ray + 1] = count;
+        }
+      }
+    });
+    for (int64_t ray = 0; ray < in.rays; ray++) runs[2 * ray] = total, total += runs[2 * ray + 1];
   }
-  return in;
+  const auto destroy = [](void *p) noexcept { delete static_cast<Found *>(p); };
+  return nb::make_tuple(total, nb::capsule(found.release(), destroy));
 }
 
-// Writes the runs of each ray; returns the number of samples.
-int64_t march_count(Floats origins, Floats dirs, Floats ranges, Floats jitter, Longs bits, Floats aabb, float step,
-                    float cone, int64_t most, Longs packed_info) {
-  const March in = make_march(origins, dirs, ranges, jitter, bits, aabb, step, cone, most);
-  int64_t *runs = packed_info.data();
-  nb::gil_scoped_release unlocked;
-  parallel_for(in.rays, kRays, [&](int64_t ray, int64_t end) {
-    for (; ray < end; ray++) {
-      Walk walk(in, ray);
-      int64_t count = 0;
-      for (float start, end; count < in.most && walk.next(&start, &end);) count++;
-      runs[2 * ray + 1] = count;
-    }
-  });
-  int64_t total = 0;
-  for (int64_t ray = 0; ray < in.rays; ray++) {
-    runs[2 * ray] = total;
-    total += runs[2 * ray + 1];
-  }
-  return total;
-}
-
-void march_fill(Floats origins, Floats dirs, Floats ranges, Floats jitter, Longs bits, Floats aabb, float step,
-                float cone, int64_t most, Longs packed_info, Floats t_starts, Floats t_ends, Longs ray_indices) {
-  const March in = make_march(origins, dirs, ranges, jitter, bits, aabb, step, cone, most);
-  const int64_t *runs = packed_info.data();
+void march_fill(nb::capsule handle, Longs packed_info, Floats t_starts, Floats t_ends, Longs ray_indices) {
+  const Found &found = *static_cast<const Found *>(handle.data());
+  const int64_t *runs = packed_info.data(), rays = packed_info.shape(0);
   float *starts = t_starts.data(), *ends = t_ends.data();
   int64_t *indices = ray_indices.data();
   nb::gil_scoped_release unlocked;
-  parallel_for(in.rays, kRays, [&](int64_t ray, int64_t end) {
-    for (; ray < end; ray++) {
-      Walk walk(in, ray);
-      const int64_t first = runs[2 * ray], last = first + runs[2 * ray + 1];
-      for (int64_t i = first; i < last && walk.next(starts + i, ends + i); i++) indices[i] = ray;
+  parallel_for(static_cast<int64_t>(found.size()), 1, [&](int64_t chunk, int64_t last) {
+    for (; chunk < last; chunk++) {
+      const Piece *piece = found[chunk].data();
+      for (int64_t ray = chunk * kRays; ray < std::min((chunk + 1) * kRays, rays); ray++)
+        for (int64_t i = runs[2 * ray]; i < runs[2 * ray] + runs[2 * ray + 1]; i++, piece++)
+          starts[i] = piece->start, ends[i] = piece->end, indices[i] = ray;
     }
   });
 }

@@ -172,8 +172,10 @@ def march_occupancy(
     )
     check_alike(origins=origins, dirs=dirs, t_range=t_range, jitter=jitter, aabb=aabb)
     side = check_shapes(bits=(bits, "L B B B"))["B"]
-    if bits.dtype != torch.int64 or side % BLOCK or not side:
-        raise ValueError(f"bits: expected int64 and a multiple of {BLOCK} blocks a side, got {bits.dtype} and {side}")
+    if bits.dtype != torch.int64 or side % BLOCK or not bits.numel():
+        raise ValueError(
+            f"bits: expected int64, levels of a multiple of {BLOCK} blocks a side, got {bits.dtype} {list(bits.shape)}"
+        )
     if not step > 0 or not 0 <= cone <= 0.1 or max_samples < 1:
         raise ValueError(
             f"step, cone, max_samples: expected > 0, 0 to 0.1 and 1 or more, got {step}, {cone}, {max_samples}"
@@ -184,10 +186,10 @@ def march_occupancy(
             return march_occupancy_reference(origins, dirs, t_range, jitter, bits, aabb, *options)
         inputs = tuple(t.contiguous() for t in (origins, dirs, t_range, jitter, bits, aabb))
         packed_info = torch.empty(bound["R"], 2, dtype=torch.int64, device=origins.device)
-        total = kernels_of(origins).march_count(*inputs, *options, packed_info)
+        total, found = kernels_of(origins).march_count(*inputs, *options, packed_info)
         t_starts, t_ends = origins.new_empty(total), origins.new_empty(total)
         ray_indices = packed_info.new_empty(total)
-        kernels_of(origins).march_fill(*inputs, *options, packed_info, t_starts, t_ends, ray_indices)
+        kernels_of(origins).march_fill(found, packed_info, t_starts, t_ends, ray_indices)
     return t_starts, t_ends, ray_indices, packed_info
 
 
