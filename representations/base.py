@@ -9,7 +9,7 @@ from torch import Tensor
 
 from prismfield.render.cameras import Cameras
 from prismfield.render.output import RenderOutput
-from prismfield.representations.fields import HashField, SimplexField, VoxelField
+from prismfield.representations.fields import HashField, SimplexField, TriplaneField, VoxelField
 from prismfield.representations.gaussians import Gaussians
 
 
@@ -60,9 +60,10 @@ REPRESENTATIONS: dict[str, type[Representation]] = {
     "gaussians": Gaussians,
     "hash": HashField,
     "simplex": SimplexField,
+    "triplane": TriplaneField,
     "voxel": VoxelField,
 }
-"""3D Gaussians with harmonic colour; radiance fields on hashed grids of cubes and of simplices, and on voxels."""
+"""3D Gaussians with harmonic colour; radiance fields on hashed grids of cubes and of simplices, on planes, on voxels."""
 
 
 def size_of(scene: Representation) -> tuple[str, int]:

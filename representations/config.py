@@ -81,8 +81,8 @@ class FieldConfig:
 
 
 SIMPLEX = FieldConfig()
-TRIPLANE = FieldConfig(levels=4, features=8, log2_rows=18, coarsest=64, finest=512)
-VOXEL = FieldConfig(levels=1, features=4, log2_rows=21, coarsest=127, finest=127, lr=5e-2)
+TRIPLANE = FieldConfig(levels=4, features=8, log2_rows=19, coarsest=64, finest=512)
+VOXEL = FieldConfig(levels=4, features=4, log2_rows=21, coarsest=16, finest=126, lr=5e-2, lr_final=5e-3)
 
 TRAINED_BY: dict[str, tuple[str, ...]] = {
     "gaussians": ("adc", "mcmc", "fixed"),

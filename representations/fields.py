@@ -25,6 +25,7 @@ _SH_DEGREE = 3  # of the direction's code, 16 values
 _MOST_SAMPLES = 1024  # of a ray, Instant NGP, appendix E.1
 _RAYS = 8192  # drawn at once
 _FAR = 1e10
+_PLANES = ([0, 1], [0, 2], [1, 2])
 _MOST_EXPONENT = 15.0  # beyond which gradients do not grow
 
 
@@ -238,6 +239,14 @@ class SimplexField(Field):
         return _grid(config, "simplices")
 
 
+class TriplaneField(Field):
+    """Features on three planes, multiplied (K-Planes, arXiv:2301.10241, eq. 1, for a scene that does not move)."""
+
+    def make_encoding(self, config: FieldConfig) -> Planes:
+        """See `Field`."""
+        return Planes(config)
+
+
 class VoxelField(Field):
     """Stored voxels from coarse to fine, after Direct Voxel Grid Optimization (arXiv:2111.11215).
 
@@ -262,6 +271,23 @@ class VoxelField(Field):
         return encoded[:, :: self.config.features].sum(-1), encoded
 
 
+class Planes(nn.Module):
+    """Positions to the products of features interpolated on the planes of each two axes, at several resolutions."""
+
+    def __init__(self, config: FieldConfig) -> None:
+        """Features uniform in 0.1 to 0.5, as in the paper: a product of small numbers would hardly learn."""
+        super().__init__()
+        self.planes = nn.ModuleList(_grid(config, "cubes", dims=2) for _ in _PLANES)
+        self.out_dim = config.levels * config.features
+        for plane in self.planes:
+            nn.init.uniform_(plane.table, 0.1, 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[S, 3] in the unit cube to [S, out_dim]."""
+        first, second, third = (plane(x[:, axes]) for plane, axes in zip(self.planes, _PLANES, strict=True))
+        return first * second * third
+
+
 class _TruncatedExp(torch.autograd.Function):
     """The exponential, whose gradient does not grow any more where it would overflow (Instant NGP's output activation)."""
 
@@ -277,10 +303,10 @@ class _TruncatedExp(torch.autograd.Function):
         return v_out[0] * out
 
 
-def _grid(config: FieldConfig, cells: Literal["cubes", "simplices"]) -> Grid:
+def _grid(config: FieldConfig, cells: Literal["cubes", "simplices"], dims: int = 3) -> Grid:
     names = ("levels", "features", "log2_rows", "coarsest", "finest")
     sizes: dict[str, Any] = {name: getattr(config, name) for name in names}
-    return Grid(3, cells=cells, **sizes)
+    return Grid(dims, cells=cells, **sizes)
 
 
 def _all_pixels(cameras: Cameras) -> Tensor:
