@@ -12,6 +12,8 @@ No two programs write to the same place.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -356,6 +358,15 @@ def _distortion_backward_kernel(weights, t_starts, t_ends, packed_info, v_loss, 
         tl.store(v_weights + last - place, here + distance * 2.0 * upstream, mask=place < count)
 
 
+class Rays(NamedTuple):
+    """What was counted, to be filled in."""
+
+    inputs: tuple[Tensor, ...]
+    """Origins, directions, ranges, jitter, bits and box."""
+    options: tuple[float, float, int]
+    """Step, cone and the most samples of a ray."""
+
+
 def march_count(
     origins: Tensor,
     dirs: Tensor,
@@ -367,35 +378,30 @@ def march_count(
     cone: float,
     most: int,
     packed_info: Tensor,
-) -> int:
+) -> tuple[int, Rays]:
     """As `march_count` of the compiled kernels. Waits for the GPU: how many samples there are is how much room they take."""
+    found = Rays((origins, dirs, t_range, jitter, bits, aabb), (step, cone, most))
     # Empty ones in place of the results: addresses are aligned alike, and so the kernel is the one that fills
-    results = (origins.new_empty(0), origins.new_empty(0), packed_info.new_empty(0))
-    inputs = (origins, dirs, t_range, jitter, bits, aabb)
-    _march(inputs, (step, cone, most), (packed_info, *results), fill=0)
+    _march(found, packed_info, origins.new_empty(0), origins.new_empty(0), packed_info.new_empty(0), fill=0)
     counts = packed_info[:, 1]
     ends = counts.cumsum(0)
     packed_info[:, 0] = ends - counts
-    return int(ends[-1]) if len(ends) else 0
+    return int(ends[-1]) if len(ends) else 0, found
 
 
-def march_fill(*arguments: Tensor | float) -> None:
-    """As `march_fill` of the compiled kernels: arguments of `march_count`, and starts, ends and indices of rays, written."""
-    _march(arguments[:6], arguments[6:9], arguments[9:], fill=1)
+def march_fill(found: Rays, packed_info: Tensor, t_starts: Tensor, t_ends: Tensor, ray_indices: Tensor) -> None:
+    """As `march_fill` of the compiled kernels, but the rays go through the grid once more: keeping what they find takes more room."""
+    _march(found, packed_info, t_starts, t_ends, ray_indices, fill=1)
 
 
 def _march(
-    inputs: tuple[Tensor | float, ...],
-    options: tuple[Tensor | float, ...],
-    outputs: tuple[Tensor | float, ...],
-    fill: int,
+    found: Rays, packed_info: Tensor, t_starts: Tensor, t_ends: Tensor, ray_indices: Tensor, *, fill: int
 ) -> None:
-    bits, (step, cone, most) = inputs[4], options
-    assert isinstance(bits, Tensor) and isinstance(inputs[0], Tensor)
-    rays = len(inputs[0])
+    rays, bits, cone = len(found.inputs[0]), found.inputs[4], found.options[1]
+    tensors = (*found.inputs, packed_info, t_starts, t_ends, ray_indices)
+    numbers = (rays, bits.shape[1], *found.options, fill)
     sizes = {"LEVELS": len(bits), "CONE": cone > 0, "LANES": LANES}
-    numbers = (rays, bits.shape[1], step, cone, most, fill)
-    launch(_march_kernel, (cdiv(rays, LANES),), *inputs, *outputs, *numbers, **sizes, num_warps=1)
+    launch(_march_kernel, (cdiv(rays, LANES),), *tensors, *numbers, **sizes, num_warps=1)
 
 
 def composite_samples_forward(
