@@ -277,10 +277,11 @@ class Planes(nn.Module):
     def __init__(self, config: FieldConfig) -> None:
         """Features uniform in 0.1 to 0.5, as in the paper: a product of small numbers would hardly learn."""
         super().__init__()
-        self.planes = nn.ModuleList(_grid(config, "cubes", dims=2) for _ in _PLANES)
-        self.out_dim = config.levels * config.features
-        for plane in self.planes:
+        planes = [_grid(config, "cubes", dims=2) for _ in _PLANES]
+        for plane in planes:
             nn.init.uniform_(plane.table, 0.1, 0.5)
+        self.planes = nn.ModuleList(planes)
+        self.out_dim = config.levels * config.features
 
     def forward(self, x: Tensor) -> Tensor:
         """[S, 3] in the unit cube to [S, out_dim]."""

@@ -8,11 +8,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from prismfield.datasets.scenes import load_scene
+from prismfield.datasets.views import Views
 from prismfield.render.cameras import Cameras
 from prismfield.render.output import RenderOutput
 from prismfield.representations.base import REPRESENTATIONS
@@ -21,8 +24,13 @@ from prismfield.representations.fields import Field, HashField, VoxelField, _Tru
 from prismfield.train.checkpoint import STATE, TENSORS
 from prismfield.train.strategies.config import OccupancyConfig
 from prismfield.train.strategies.occupancy import Occupancy
+from prismfield.viewer import pace
+from prismfield.viewer.live import LiveViewer, free_port
 
 from .commands import command, refused
+from .live_client import LiveClient
+from .test_live_view import canvas, drive
+from .tiny_captures import transforms, write_transforms
 
 FIELDS = sorted(name for name, kind in REPRESENTATIONS.items() if kind.batching == "pixels")
 SMALL = FieldConfig(levels=4, log2_rows=12, coarsest=4, finest=24, width=16, occupancy=16, steps=64, nests=4)
@@ -244,6 +252,26 @@ def test_the_strategy_goes_on_where_it_was_saved(monkeypatch: pytest.MonkeyPatch
         field.render(make_camera(), torch.tensor([[0, 20, 15]]))
     assert torch.equal(fields[0].grid.density, fields[1].grid.density)
     assert torch.equal(first.jitter.get_state(), second.jitter.get_state())
+
+
+def test_the_live_view_shows_a_field(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = load_scene(str(write_transforms(tmp_path, transforms(6))), eval_every_nth=3)
+    monkeypatch.setattr(pace, "BLOCK_SECONDS", 60.0)
+    field = make_field("space")
+    viewer = LiveViewer("tiny", field, data, Views(data.train), Views(data.test), port=free_port("127.0.0.1", 18500))
+    try:
+        with LiveClient(viewer.port, width=60, height=40) as client:
+
+            def is_shown() -> bool:
+                if client.picture is None or client.picture.shape != (40, 60, 3):
+                    return False
+                with torch.no_grad():
+                    wanted = 255 * field.render(canvas(client)).rgb[0].clamp(0, 1).numpy()
+                return bool(np.abs(client.picture - wanted).mean() < 6 and wanted.std() > 10)
+
+            drive(viewer, is_shown)
+    finally:
+        viewer.close()
 
 
 _COMMON = "--scene garden --downscale 8 --eval-every-nth 40 --steps 40 --threads 2 --occupancy.interval 8 --schedule.samples 16384"
