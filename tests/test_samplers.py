@@ -330,11 +330,11 @@ def test_interlevel_loss() -> None:
     weights = torch.tensor([0.1, 0.6, 0.3], requires_grad=True)
     edges = torch.tensor([[0.0, 1.5, 2.0, 3.0]])
     enough = torch.tensor([[0.4, 0.2, 0.3]], requires_grad=True)
-    assert float(interlevel_loss([Histogram(edges, enough)], samples, weights)) < 1e-9
+    assert interlevel_loss([Histogram(edges, enough)], samples, weights).item() < 1e-9
     little = torch.tensor([[0.05, 0.2, 0.1]], requires_grad=True)
     loss = interlevel_loss([Histogram(edges, little), Histogram(edges, enough)], samples, weights)
     expected = 0.05**2 / 0.1 + 0.35**2 / 0.6 + 0.2**2 / 0.3
-    assert float(loss) == pytest.approx(expected, rel=1e-5)
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
     loss.backward()
     assert weights.grad is None
     bound_1, bound_2, bound_3 = -2 * 0.05 / 0.1, -2 * 0.35 / 0.6, -2 * 0.2 / 0.3

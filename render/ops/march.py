@@ -65,7 +65,7 @@ def composite_samples(
     light = sigmas.new_ones(len(packed_info)) if light is None else light
     check_shapes(packed_info=(packed_info, "R 2"), light=(light, "R"))
     check_alike(sigmas=sigmas, features=features, t_starts=t_starts, t_ends=t_ends, light=light)
-    run = _composite if _has_kernel(sigmas) else composite_samples_reference
+    run = _composite if use_kernel(sigmas) else composite_samples_reference
     blended, alpha, moment, median, weights = run(sigmas, features, t_starts, t_ends, packed_info, light)
     lit = alpha > 0
     distance = torch.where(lit, moment / torch.where(lit, alpha, 1), 0)
@@ -116,7 +116,7 @@ def distortion_loss(weights: Tensor, t_starts: Tensor, t_ends: Tensor, packed_in
     check_shapes(weights=(weights, "S"), t_starts=(t_starts, "S"), t_ends=(t_ends, "S"))
     check_alike(weights=weights, t_starts=t_starts, t_ends=t_ends)
     _check_packed(packed_info, len(weights))
-    run = _distortion if _has_kernel(weights) else distortion_loss_reference
+    run = _distortion if use_kernel(weights) else distortion_loss_reference
     return run(weights, t_starts, t_ends, packed_info)
 
 
@@ -182,7 +182,7 @@ def march_occupancy(
         )
     options = (float(step), float(cone), int(max_samples))
     with torch.no_grad():
-        if not _has_kernel(origins):
+        if not use_kernel(origins):
             return march_occupancy_reference(origins, dirs, t_range, jitter, bits, aabb, *options)
         inputs = tuple(t.contiguous() for t in (origins, dirs, t_range, jitter, bits, aabb))
         packed_info = torch.empty(bound["R"], 2, dtype=torch.int64, device=origins.device)
@@ -261,11 +261,6 @@ def _is_occupied(xyz: Tensor, bits: Tensor, aabb: Tensor) -> Tensor:
     within = cell % BLOCK
     bit = 16 * within[..., 0] + 4 * within[..., 1] + within[..., 2]
     return ((bits[level, x, y, z] >> bit) & 1).bool() & inside
-
-
-def _has_kernel(tensor: Tensor) -> bool:
-    """There are none for GPUs yet: the references run there."""
-    return use_kernel(tensor) and hasattr(kernels_of(tensor), "composite_samples_forward")
 
 
 def _check_packed(packed_info: Tensor, samples: int) -> None:
