@@ -49,6 +49,7 @@ def adam_step(
     width = param[0].numel() if len(param) else 0
     tensors = (param.detach(), grad.contiguous(), exp_avg, exp_avg_sq, where)
     kernels_of(param).adam_step(*tensors, width, lr, betas[0], betas[1], eps, step)
+    torch.autograd.graph.increment_version(param)  # the kernel writes unseen; who caches what follows from it must know
 
 
 def adam_step_reference(
