@@ -180,11 +180,11 @@ class Field(nn.Module):
         xyz, _ = samples.points(origins, dirs)
         sigmas = torch.cat([self.density(part) for part in xyz.split(CHUNK)]) if len(xyz) else xyz.new_empty(0)
         t = (samples.t_starts, samples.t_ends, samples.packed_info)
-        kept = composite_samples(sigmas, sigmas.new_empty(len(sigmas), 0), *t).weights > 0
-        rays = samples.ray_indices[kept]
+        kept = (composite_samples(sigmas, sigmas.new_empty(len(sigmas), 0), *t).weights > 0).nonzero()[:, 0]
+        rays = samples.ray_indices.index_select(0, kept)
         counts = torch.bincount(rays, minlength=len(origins))
         packed_info = torch.stack([counts.cumsum(0) - counts, counts], -1)
-        return Samples(samples.t_starts[kept], samples.t_ends[kept], rays, packed_info)
+        return Samples(*(t.index_select(0, kept) for t in (samples.t_starts, samples.t_ends)), rays, packed_info)
 
     def _trace(
         self, origins: Tensor, dirs: Tensor, background: Tensor | None, extras: Collection[str], cosines: Tensor

@@ -246,7 +246,10 @@ class PixelBatches:
         if self.random_background:
             behind = torch.rand(len(self.views), 3, generator=self.generator)
         pixels = torch.stack([view, pixel % width, pixel // width], -1).to(self.device)
-        behind, chosen = behind.to(self.device), {name: values[at] for name, values in self._pixels.items()}
+        behind, chosen = (
+            behind.to(self.device),
+            {name: values.index_select(0, at) for name, values in self._pixels.items()},
+        )
         rgb, alpha = chosen["rgb"], chosen.get("alpha")
         if alpha is not None:
             colors = rgb.float() / 255 if rgb.dtype == torch.uint8 else rgb
