@@ -287,10 +287,8 @@ def _(x, table, scales, starts, sides, cells, smooth, rounded):
 
 
 def _read(table: Tensor, rounded: Tensor | None) -> Tensor:
-    """The numbers that a kernel reads: halves as their bits, which only those for the CPU take."""
-    if rounded is None:
-        return table.contiguous()
-    return rounded.contiguous().view(torch.int16) if rounded.device.type == "cpu" else rounded.float().contiguous()
+    """The numbers that a kernel reads: single precision, or the bits of halves."""
+    return table.contiguous() if rounded is None else rounded.contiguous().view(torch.int16)
 
 
 @_grid.register_kernel(DEVICES)

@@ -45,14 +45,20 @@ class Mlp(nn.Module):
         """All layers' [out, in], one after the other."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """[..., in_dim] to [..., out_dim]."""
+        """[..., in_dim] to [..., out_dim]. Differentiable twice.
+
+        Raises:
+            ValueError: the last axis is not `in_dim`.
+        """
+        if x.shape[-1:] != (self.dims[0],):
+            raise ValueError(f"x: expected [..., {self.dims[0]}], got {list(x.shape)}")
         return mlp(x.reshape(-1, self.dims[0]), self.weights, self.dims, self.head).view(*x.shape[:-1], self.out_dim)
 
 
 def mlp(x: Tensor, weights: Tensor, dims: Sequence[int], head: Head = "none") -> Tensor:
     """Apply ReLU layers and a head.
 
-    Differentiable once in the kernel, twice in the reference, to `x` and `weights`.
+    Differentiable twice to `x` and `weights`; the kernel's gradients have theirs from the reference.
 
     Args:
         x: [S, dims[0]].
@@ -66,9 +72,9 @@ def mlp(x: Tensor, weights: Tensor, dims: Sequence[int], head: Head = "none") ->
     Raises:
         ValueError: a shape, dtype or device does not fit, or there is no such head.
     """
+    if len(dims) < 2 or min(dims) < 1:
+        raise ValueError(f"dims: expected two or more widths of 1 or more, got {list(dims)}")
     total = sum(a * b for a, b in itertools.pairwise(dims))
-    if len(dims) < 2:
-        raise ValueError(f"dims: expected two or more widths, got {list(dims)}")
     check_shapes(x=(x, f"S {dims[0]}"), weights=(weights, f"{total}"))
     check_alike(x=x, weights=weights)
     if head not in _HEADS:
@@ -127,6 +133,12 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, v_out):
     x, weights = ctx.saved_tensors
+    if torch.is_grad_enabled():  # with create_graph: the gradient's own gradient comes from the reference
+        wanted = ctx.needs_input_grad[:2]
+        leaves = [leaf for leaf, needed in zip((x, weights), wanted, strict=True) if needed]
+        found = mlp_reference(x, weights, *ctx.shape)
+        gradients = iter(torch.autograd.grad(found, leaves, v_out, create_graph=True))
+        return *(next(gradients) if needed else None for needed in wanted), None, None
     v_x, v_weights = _mlp_backward(x, weights, *ctx.shape, v_out, ctx.needs_input_grad[0])
     return v_x if ctx.needs_input_grad[0] else None, v_weights, None, None
 

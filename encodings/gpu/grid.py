@@ -45,6 +45,15 @@ def _load_points(x, at, mask, D: tl.constexpr):
 
 
 @triton.jit
+def _load_features(table, row, feature, mask, F: tl.constexpr):
+    """Of rows of the table; int16 are the bits of halves."""
+    found = tl.load(table + F * row + feature, mask=mask, other=0)
+    if table.dtype.element_ty == tl.int16:
+        found = found.to(tl.float16, bitcast=True)
+    return found.to(tl.float32)
+
+
+@triton.jit
 def _load_level(scales, starts, sides, level):
     """Cells along the unit interval, first row, number of rows, and points along an axis, 0 where they are hashed."""
     start = tl.load(starts + level)
@@ -196,7 +205,7 @@ def _grid_forward_kernel(
     for corner in tl.static_range(D + 1 if SIMPLICES else 2**D):
         row = start + _row(cell, first, corner, rows, side, SIMPLICES, D)
         weight = _weight(first, second, corner, SIMPLICES, D)
-        sums += weight * tl.load(table + F * row + feature, mask=mask, other=0.0)
+        sums += weight * _load_features(table, row, feature, mask, F)
     tl.store(out + (at * levels + level) * F + feature, sums, mask=mask)
 
 
@@ -262,7 +271,7 @@ def _point_gradient_kernel(
         v = tl.load(v_out + (at * levels + level) * F + feature, mask=mask, other=0.0) * scale
         for corner in tl.static_range(D + 1 if SIMPLICES else 2**D):
             row = start + _row(cell, first, corner, rows, side, SIMPLICES, D)
-            read = tl.load(table + F * row + feature, mask=mask, other=0.0)
+            read = _load_features(table, row, feature, mask, F)
             value = tl.sum(v * read, axis=1, keep_dims=True)
             slopes = _slopes(first, second, corner, SIMPLICES, D)
             total = (v_point[0] + slopes[0] * value,)
@@ -284,7 +293,7 @@ def _options(cells: str, x: Tensor, table: Tensor, smooth: bool) -> dict[str, in
 def grid_forward(
     cells: str, x: Tensor, table: Tensor, scales: Tensor, starts: Tensor, sides: Tensor, smooth: bool, out: Tensor
 ) -> None:
-    """As `grid_forward` of the compiled kernels: `out` [S, L F] from what `grid` takes."""
+    """As `grid_forward` of the compiled kernels: `out` [S, L F] from what `grid` takes; `table` may be the bits of halves."""
     options = _options(cells, x, table, smooth)
     tensors = (x, table, scales, starts, sides, out)
     launch(_grid_forward_kernel, (cdiv(len(x), BLOCK), len(scales)), *tensors, len(x), len(scales), **options)
