@@ -31,10 +31,10 @@ PF_INLINE vf gather(const float *base, vi index) {
 PF_INLINE vf floor_positive(vf x) { return to_float(truncate(x)); }
 
 struct Level {
-  float scale;      // cells along the unit interval
-  int64_t start;    // first row of the table
-  uint32_t rows;    // power of two where hashed
-  uint32_t side;    // of the dense lattice; 0 where hashed
+  float scale;  // cells along the unit interval
+  int64_t start;  // first row of the table
+  uint32_t rows;  // power of two where hashed
+  uint32_t side;  // of the dense lattice; 0 where hashed
 };
 
 struct Inputs {
@@ -101,14 +101,14 @@ struct Cubes {
   }
 };
 
-// The simplex of each point in a lattice of simplices (arXiv:2311.15439): skewed to the integers, its corners are found by
-// walking the axes in descending order of the fractional parts.
+// The simplex of each point in a lattice of simplices (arXiv:2311.15439): skewed to the integers, its corners are found
+// by walking the axes in descending order of the fractional parts.
 template <int D>
 struct Simplices {
   static constexpr int kCorners = D + 1;
   vi cell[D];
-  vi rank[D];       // place of each axis in that order
-  vf sorted[D];     // the fractional parts in that order
+  vi rank[D];  // place of each axis in that order
+  vf sorted[D];  // the fractional parts in that order
   float scale, skew;
 
   PF_INLINE Simplices(const Level &level, const vf *x, bool) : scale(level.scale) {
@@ -139,7 +139,8 @@ struct Simplices {
     if (corner == 0) return 1.f - sorted[0];
     return corner == D ? sorted[D - 1] : sorted[corner - 1] - sorted[corner];
   }
-  // d weight / d f is +1 for the axis of rank corner - 1 and -1 for that of rank corner; f_d depends on all x by the skew.
+  // d weight / d f is +1 for the axis of rank corner - 1 and -1 for that of rank corner; f_d depends on all x by the
+  // skew.
   PF_INLINE void to_points(int corner, vf value, vf *v_x) const {
     const vf step = value * scale;
     for (int d = 0; d < D; d++) {
@@ -198,8 +199,8 @@ struct Grid {
           const int64_t end = std::min(in.count, chunk + kChunk);
           for (int l = static_cast<int>(worker); l < in.levels; l += workers)
             for (int64_t first = chunk; first < end; first += W)
-              scatter(in, l, first, static_cast<int>(std::min<int64_t>(W, end - first)), v_out + first * row + l * F, row,
-                      v_table);
+              scatter(in, l, first, static_cast<int>(std::min<int64_t>(W, end - first)), v_out + first * row + l * F,
+                      row, v_table);
         }
       }
     });
@@ -280,8 +281,14 @@ void with_grid(const std::string &cells, int dims, int features, Visit visit) {
 }
 
 Inputs make_inputs(Floats x, Floats table, Floats scales, Longs starts, Ints sides, bool smooth) {
-  return {x.data(),     table.data(), scales.data(), starts.data(), sides.data(), static_cast<int64_t>(x.shape(0)),
-          static_cast<int>(scales.size()), smooth};
+  return {x.data(),
+          table.data(),
+          scales.data(),
+          starts.data(),
+          sides.data(),
+          static_cast<int64_t>(x.shape(0)),
+          static_cast<int>(scales.size()),
+          smooth};
 }
 
 void grid_forward(std::string cells, Floats x, Floats table, Floats scales, Longs starts, Ints sides, bool smooth,

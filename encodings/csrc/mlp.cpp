@@ -1,8 +1,8 @@
 // Small multilayer perceptrons: a block of rows goes through all layers while it is in the nearest cache.
 //
 // Everything is one matrix product, C[m][n ..] += A(m, k) * B[k][n ..], with vectors along n and A broadcast: forward
-// (A rows, B transposed weights), to the inputs (A row gradients, B weights) and to the weights (A row gradients read down
-// a column, B rows). Rows stay as tensors hold them; each layer's width is padded to whole vectors.
+// (A rows, B transposed weights), to the inputs (A row gradients, B weights) and to the weights (A row gradients read
+// down a column, B rows). Rows stay as tensors hold them; each layer's width is padded to whole vectors.
 #include <algorithm>
 #include <cmath>
 #include <string>
@@ -96,8 +96,12 @@ PF_INLINE vf sigmoid(vf x) {
   const vf e = exp_minus_abs(x);
   return select(lt(x, vf{}), e, broadcast(1.f)) / (1.f + e);
 }
-// log(1 + e^x) = max(x, 0) + log(1 + e^-|x|).
-PF_INLINE vf softplus(vf x) { return max(x, vf{}) + log(1.f + exp_minus_abs(x)); }
+// log(1 + e^x) = max(x, 0) + log(1 + e^-|x|); the latter, of 0 .. 1, as 2 atanh(e / (2 + e)), which stays exact near 0.
+PF_INLINE vf softplus(vf x) {
+  const vf e = exp_minus_abs(x), s = e / (2.f + e), z = s * s;
+  const vf series = ((((z * (2.f / 11) + 2.f / 9) * z + 2.f / 7) * z + 2.f / 5) * z + 2.f / 3) * z + 2.f;
+  return max(x, vf{}) + s * series;
+}
 
 PF_INLINE vf activate(Head head, vf x) {
   switch (head) {
@@ -117,8 +121,8 @@ PF_INLINE vf activate_vjp(Head head, vf x, vf v) {
     case Head::relu:
       return keep(lt(vf{}, x), v);
     case Head::sigmoid: {
-      const vf y = sigmoid(x);
-      return v * y * (1.f - y);
+      const vf e = exp_minus_abs(x), inverse = 1.f / (1.f + e);
+      return v * e * inverse * inverse;
     }
     case Head::softplus:
       return v * sigmoid(x);
@@ -147,7 +151,8 @@ Network make_network(Floats weights, const std::vector<int> &dims, const std::st
   int64_t start = 0;
   for (int l = 0; l < net.layers(); l++) {
     const int in = dims[l], out = dims[l + 1];
-    std::vector<float> forward(static_cast<size_t>(in) * padded(out), 0.f), back(static_cast<size_t>(out) * padded(in), 0.f);
+    std::vector<float> forward(static_cast<size_t>(in) * padded(out), 0.f),
+        back(static_cast<size_t>(out) * padded(in), 0.f);
     for (int j = 0; j < out; j++)
       for (int i = 0; i < in; i++)
         forward[i * padded(out) + j] = back[j * padded(in) + i] = w[start + static_cast<int64_t>(j) * in + i];
@@ -178,7 +183,8 @@ void widen(const float *from, int rows, int width, float *to, int stride) {
   }
 }
 
-// Values of all layers for `rows` rows; the last one's before its head. x is used where it lies if rows are whole vectors.
+// Values of all layers for `rows` rows; the last one's before its head. x is used where it lies if rows are whole
+// vectors.
 void forward_block(const Network &net, const float *x, int rows, Room &room) {
   for (int l = 0; l < net.layers(); l++) {
     const float *from = l == 0 ? x : room.values[l].data();
@@ -204,8 +210,7 @@ void mlp_forward(Floats x, Floats weights, std::vector<int> dims, std::string he
       forward_block(net, in + first * net.in(), rows, room);
       float *values = room.values[last].data();
       for (int i = 0; i < rows * stride; i += W) store(values + i, activate(net.head, load(values + i)));
-      for (int r = 0; r < rows; r++)
-        std::copy_n(values + r * stride, net.out(), result + (first + r) * net.out());
+      for (int r = 0; r < rows; r++) std::copy_n(values + r * stride, net.out(), result + (first + r) * net.out());
     }
   });
 }
@@ -219,7 +224,8 @@ void mlp_backward(Floats x, Floats weights, std::vector<int> dims, std::string h
   const int64_t count = x.shape(0), chunks = (count + kChunk - 1) / kChunk;
   int64_t total = 0;  // floats of the padded weight gradients
   std::vector<int64_t> starts;
-  for (int l = 0; l < net.layers(); l++) starts.push_back(total), total += static_cast<int64_t>(net.dims[l + 1]) * net.stride(l);
+  for (int l = 0; l < net.layers(); l++)
+    starts.push_back(total), total += static_cast<int64_t>(net.dims[l + 1]) * net.stride(l);
   std::vector<float> partial(chunks * total, 0.f);
   nb::gil_scoped_release unlocked;
   parallel_for(chunks, 1, [&](int64_t chunk, int64_t stop) {
