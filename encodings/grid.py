@@ -60,9 +60,7 @@ class Grid(nn.Module):
         """
         super().__init__()
         if in_dim not in (2, 3, 4) or features not in (1, 2, 4, 8):
-            raise ValueError(
-                f"in_dim, features: expected 2 to 4 and 1, 2, 4 or 8, got {in_dim} and {features}"
-            )
+            raise ValueError(f"in_dim, features: expected 2 to 4 and 1, 2, 4 or 8, got {in_dim} and {features}")
         if levels < 1 or not 1 <= coarsest <= finest or not 1 <= log2_rows <= 28:
             raise ValueError(
                 "levels, coarsest, finest, log2_rows: expected 1 or more, 1 <= coarsest <= finest and 1 to 28, "
@@ -73,7 +71,9 @@ class Grid(nn.Module):
         self.in_dim, self.cells, self.smooth, self.out_dim = in_dim, cells, smooth, levels * features
         growth = (finest / coarsest) ** (1 / max(levels - 1, 1))
         scales = [coarsest * growth**level for level in range(levels)]
-        stretch = math.sqrt(in_dim + 1) if cells == "simplices" else 1.0  # the skewed unit cube is longer along each axis
+        stretch = (
+            math.sqrt(in_dim + 1) if cells == "simplices" else 1.0
+        )  # the skewed unit cube is longer along each axis
         sides = [math.floor(stretch * scale + 0.5) + 2 for scale in scales]
         is_dense = [side**in_dim <= 2**log2_rows for side in sides]
         rows = [side**in_dim if dense else 2**log2_rows for side, dense in zip(sides, is_dense, strict=True)]
@@ -92,7 +92,13 @@ class Grid(nn.Module):
 
 
 def grid(
-    x: Tensor, table: Tensor, scales: Tensor, starts: Tensor, sides: Tensor, cells: Cells = "cubes", smooth: bool = False
+    x: Tensor,
+    table: Tensor,
+    scales: Tensor,
+    starts: Tensor,
+    sides: Tensor,
+    cells: Cells = "cubes",
+    smooth: bool = False,
 ) -> Tensor:
     """Interpolated features of each level at `x`.
 
@@ -115,7 +121,9 @@ def grid(
     """
     bound = check_shapes(x=(x, "S D"), table=(table, "R F"), scales=(scales, "L"), sides=(sides, "L"))
     if starts.shape != (bound["L"] + 1,) or bound["D"] not in (2, 3, 4):
-        raise ValueError(f"x, starts: expected 2 to 4 axes and [{bound['L'] + 1}], got {bound['D']}, {list(starts.shape)}")
+        raise ValueError(
+            f"x, starts: expected 2 to 4 axes and [{bound['L'] + 1}], got {bound['D']}, {list(starts.shape)}"
+        )
     if use_kernel(x) and table.dtype == torch.float32 and bound["F"] in (1, 2, 4, 8):
         return _grid(x, table, scales, starts, sides, cells, smooth)
     return grid_reference(x, table, scales, starts, sides, cells, smooth)
@@ -177,9 +185,7 @@ def _simplex_corners(x: Tensor, scale: Tensor, _smooth: bool) -> tuple[Tensor, T
 
 
 @torch.library.custom_op("prismfield::grid", mutates_args=())
-def _grid(
-    x: Tensor, table: Tensor, scales: Tensor, starts: Tensor, sides: Tensor, cells: str, smooth: bool
-) -> Tensor:
+def _grid(x: Tensor, table: Tensor, scales: Tensor, starts: Tensor, sides: Tensor, cells: str, smooth: bool) -> Tensor:
     return grid_reference(x, table, scales, starts, sides, cells, smooth)
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prismfield.render.checks import check_alike, check_shapes
-from prismfield.render.kernels import DEVICES, kernels_of, use_kernel
+from prismfield.render.kernels import kernels_of, use_kernel
 
 Head = Literal["none", "relu", "sigmoid", "softplus"]
 _HEADS = {"none": lambda x: x, "relu": torch.relu, "sigmoid": torch.sigmoid, "softplus": nn.functional.softplus}
@@ -73,7 +73,7 @@ def mlp(x: Tensor, weights: Tensor, dims: Sequence[int], head: Head = "none") ->
     check_alike(x=x, weights=weights)
     if head not in _HEADS:
         raise ValueError(f"head: expected one of {', '.join(_HEADS)}, got {head!r}")
-    if use_kernel(x):
+    if x.device.type == "cpu" and use_kernel(x):  # on a GPU PyTorch's own matrix products run
         return _mlp(x, weights, list(dims), head)
     return mlp_reference(x, weights, dims, head)
 
@@ -97,14 +97,14 @@ def _(x, weights, dims, head):
     return x.new_empty(x.shape[0], dims[-1])
 
 
-@_mlp.register_kernel(DEVICES)
+@_mlp.register_kernel("cpu")
 def _(x, weights, dims, head):
     out = x.new_empty(x.shape[0], dims[-1])
     kernels_of(x).mlp_forward(x.contiguous(), weights.contiguous(), dims, head, out)
     return out
 
 
-@torch.library.custom_op("prismfield::mlp_backward", mutates_args=(), device_types=DEVICES)
+@torch.library.custom_op("prismfield::mlp_backward", mutates_args=(), device_types="cpu")
 def _mlp_backward(
     x: Tensor, weights: Tensor, dims: Sequence[int], head: str, v_out: Tensor, input_gradient: bool
 ) -> tuple[Tensor, Tensor]:

@@ -81,14 +81,12 @@ class FieldConfig:
 
 
 SIMPLEX = FieldConfig()
-TRIPLANE = FieldConfig(levels=4, features=8, log2_rows=18, coarsest=64, finest=512)
 VOXEL = FieldConfig(levels=1, features=4, log2_rows=21, coarsest=127, finest=127, lr=5e-2)
 
 TRAINED_BY: dict[str, tuple[str, ...]] = {
     "gaussians": ("adc", "mcmc", "fixed"),
     "hash": ("occupancy",),
     "simplex": ("occupancy",),
-    "triplane": ("occupancy",),
     "voxel": ("occupancy",),
 }
 """What may train each representation, the default first."""

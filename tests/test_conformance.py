@@ -24,7 +24,6 @@ CONFIGS: dict[str, Any] = {
     "gaussians": GaussiansConfig(sh_degree=2, init_opacity=0.6),
     "hash": _FIELD,
     "simplex": _FIELD,
-    "triplane": _FIELD,
     "voxel": replace(_FIELD, log2_rows=15),
 }
 SPLATS = {"gaussians"}

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from prismfield.representations.config import SIMPLEX, TRAINED_BY, TRIPLANE, VOXEL, FieldConfig, GaussiansConfig
+from prismfield.representations.config import SIMPLEX, TRAINED_BY, VOXEL, FieldConfig, GaussiansConfig
 from prismfield.train.strategies.config import AdcConfig, McmcConfig, OccupancyConfig
 
 DEFAULT_STEPS = 4000
@@ -107,7 +107,7 @@ class TrainConfig:
 
     scene: str = "garden"
     """A folder with photographs and poses, a name under $PRISMFIELD_DATA, or a bundled scene."""
-    representation: Literal["gaussians", "hash", "simplex", "triplane", "voxel"] = "gaussians"
+    representation: Literal["gaussians", "hash", "simplex", "voxel"] = "gaussians"
     """What to make: splats, or a radiance field on a grid of cubes or of simplices, on planes, or on voxels."""
     strategy: Literal["adc", "mcmc", "fixed", "occupancy"] | None = None
     """How primitives are added and dropped, default adc; radiance fields: how empty space is found, occupancy."""
@@ -146,7 +146,6 @@ class TrainConfig:
     gaussians: GaussiansConfig = field(default_factory=GaussiansConfig)
     hash: FieldConfig = field(default_factory=FieldConfig)
     simplex: FieldConfig = SIMPLEX
-    triplane: FieldConfig = TRIPLANE
     voxel: FieldConfig = VOXEL
     adc: AdcConfig = field(default_factory=AdcConfig)
     mcmc: McmcConfig = field(default_factory=McmcConfig)
