@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Collection
 from typing import Any, ClassVar, Literal, Self
 
@@ -29,7 +30,7 @@ _PLANES = ([0, 1], [0, 2], [1, 2])
 _MOST_EXPONENT = 15.0  # beyond which gradients do not grow
 
 
-class Field(nn.Module):
+class Field(nn.Module, ABC):
     """Density and colour from an encoding of the position (Instant NGP, arXiv:2201.05989, section 5.3).
 
     A density network turns the encoding into 16 values, of which the exponential of the first is the density; a colour
@@ -67,9 +68,9 @@ class Field(nn.Module):
         self.density_mlp, channels = self.make_density_mlp(config)
         self.color_mlp = Mlp(channels + (_SH_DEGREE + 1) ** 2, 3, width=config.width, hidden=2, head="sigmoid")
 
+    @abstractmethod
     def make_encoding(self, config: FieldConfig) -> Any:
         """What turns positions [S, 3] in the unit cube into features [S, out_dim]."""
-        raise NotImplementedError
 
     def make_density_mlp(self, config: FieldConfig) -> tuple[Mlp | None, int]:
         """The density network, and how many values the colour network gets beside the direction."""

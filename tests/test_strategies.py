@@ -13,7 +13,7 @@ from torch import Tensor
 from prismfield.render.cameras import Cameras
 from prismfield.render.ops.project import rotation_matrices
 from prismfield.render.output import RenderOutput
-from prismfield.representations.config import GaussiansConfig
+from prismfield.representations.config import TRAINED_BY, GaussiansConfig
 from prismfield.representations.gaussians import Gaussians
 from prismfield.train.strategies import mcmc
 from prismfield.train.strategies.adc import Adc
@@ -477,7 +477,7 @@ class TestMcmc:
             torch.testing.assert_close(part.T.cov(), expected, atol=0.12 * expected.abs().max().item(), rtol=0)
 
 
-@pytest.mark.parametrize("name", sorted(STRATEGIES))
+@pytest.mark.parametrize("name", sorted(TRAINED_BY["gaussians"]))
 class TestEveryStrategy:
     TOTAL = 60
 

@@ -97,8 +97,12 @@ PF_INLINE vf sigmoid(vf x) {
   const vf e = exp_minus_abs(x);
   return select(lt(x, vf{}), e, broadcast(1.f)) / (1.f + e);
 }
-// log(1 + e^x) = max(x, 0) + log(1 + e^-|x|).
-PF_INLINE vf softplus(vf x) { return max(vf{}, x) + log(1.f + exp_minus_abs(x)); }
+// log(1 + e^x) = max(x, 0) + log(1 + e^-|x|); the latter, of 0 .. 1, as 2 atanh(e / (2 + e)), which stays exact near 0.
+PF_INLINE vf softplus(vf x) {
+  const vf e = exp_minus_abs(x), s = e / (2.f + e), z = s * s;
+  const vf series = ((((z * (2.f / 11) + 2.f / 9) * z + 2.f / 7) * z + 2.f / 5) * z + 2.f / 3) * z + 2.f;
+  return max(vf{}, x) + s * series;
+}
 
 PF_INLINE vf activate(Head head, vf x) {
   switch (head) {
@@ -118,8 +122,8 @@ PF_INLINE vf activate_vjp(Head head, vf x, vf v) {
     case Head::relu:
       return keep(lt(vf{}, x), v);
     case Head::sigmoid: {
-      const vf y = sigmoid(x);
-      return v * y * (1.f - y);
+      const vf e = exp_minus_abs(x), inverse = 1.f / (1.f + e);
+      return v * e * inverse * inverse;
     }
     case Head::softplus:
       return v * sigmoid(x);
