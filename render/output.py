@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -32,3 +32,5 @@ class RenderOutput:
     """[C, N, 2] leaf of zeros whose `.grad` becomes the sum over pixels of |dL/d means2d| (AbsGS, arXiv:2404.10484)."""
     samples: int | None = None
     """How many samples along rays it was made of; None if it was not made of any."""
+    penalties: dict[str, Tensor] = field(default_factory=dict)
+    """Scalars [] by name, weighted: what the representation adds to the training loss."""

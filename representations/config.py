@@ -60,6 +60,8 @@ class FieldConfig:
     """Cells along the longest side of the bounds, of the coarsest grid."""
     finest: int = 2048
     """Of the finest."""
+    half: bool = False
+    """Features are read in half precision; they are stored and updated in single precision."""
     width: int = 64
     """Of the networks' hidden layers."""
     extent: Literal["auto", "box", "space"] = "auto"
@@ -75,6 +77,10 @@ class FieldConfig:
     """Steps of a ray along the diagonal of the bounds."""
     cone: float = 1 / 256
     """Steps are at least this share of the distance from the camera; with "space"."""
+    distortion: float = 0.0
+    """Weight of the distortion loss, which gathers the light of a ray in one place (Mip-NeRF 360, arXiv:2111.12077)."""
+    variation: float = 0.0
+    """Weight of the total variation of features on planes; only with "triplane"."""
     lr: float = 1e-2
     lr_final: float = 5e-4
     """What `lr` decays to, exponentially, over the training."""

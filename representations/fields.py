@@ -11,11 +11,12 @@ from torch import Tensor, nn
 
 from prismfield.encodings.grid import Grid
 from prismfield.encodings.mlp import Mlp
+from prismfield.encodings.planes import Planes
 from prismfield.render.cameras import Cameras
 from prismfield.render.checks import check_shapes
 from prismfield.render.contraction import contract
 from prismfield.render.march import Marched, march, trace
-from prismfield.render.ops.march import composite_samples
+from prismfield.render.ops.march import composite_samples, distortion_loss
 from prismfield.render.ops.sh import sh_basis
 from prismfield.render.output import RenderOutput
 from prismfield.render.samplers import CHUNK, OccupancyGrid, Samples
@@ -26,7 +27,6 @@ _SH_DEGREE = 3  # of the direction's code, 16 values
 _MOST_SAMPLES = 1024  # of a ray, Instant NGP, appendix E.1
 _RAYS = 8192  # drawn at once
 _FAR = 1e10
-_PLANES = ([0, 1], [0, 2], [1, 2])
 _MOST_EXPONENT = 15.0  # beyond which gradients do not grow
 
 
@@ -75,6 +75,17 @@ class Field(nn.Module, ABC):
     def make_density_mlp(self, config: FieldConfig) -> tuple[Mlp | None, int]:
         """The density network, and how many values the colour network gets beside the direction."""
         return Mlp(self.encoding.out_dim, _FEATURES, width=config.width), _FEATURES
+
+    def penalties(self, marched: Marched, samples: Samples) -> dict[str, Tensor]:
+        """Terms of the training loss beside the pictures' error, weighted, for what a step drew."""
+        if not self.config.distortion:
+            return {}
+        assert marched.weights is not None
+        spread = distortion_loss(marched.weights, samples.t_starts, samples.t_ends, samples.packed_info)
+        return {"distortion": self.config.distortion / self.radius * spread.mean()}
+
+    def advance(self, progress: float) -> None:
+        """Take note of the share of the training that is done, 0 to 1; called after each step."""
 
     @classmethod
     def from_points(cls, xyz: Tensor, rgb: Tensor, aabb: Tensor, config: FieldConfig) -> Self:
@@ -141,15 +152,18 @@ class Field(nn.Module, ABC):
         origins, dirs = cameras.rays(wanted)
         cosines = (cameras.viewmats[:, 2, :3].index_select(0, wanted[:, 0]) * dirs).sum(-1)
         behind = background[wanted[:, 0]] if background is not None else None
-        parts, samples = [], 0
+        parts, samples, penalties = [], 0, None
         # A step's pixels come at once, as their number suits it.
         size = _RAYS if pixels is None or not learns else max(len(wanted), 1)
         for start in range(0, max(len(wanted), 1), size):
             part = slice(start, start + size)
             rays = (origins[part], dirs[part], None if behind is None else behind[part], extras, cosines[part])
-            marched, count = self._march(*rays) if learns else (self._trace(*rays), 0)
+            if learns:
+                marched, drawn = self._march(*rays)
+                samples, penalties = samples + len(drawn), self.penalties(marched, drawn)
+            else:
+                marched = self._trace(*rays)
             parts.append(marched)
-            samples += count
         shape = (len(cameras), cameras.height, cameras.width) if pixels is None else (len(wanted),)
         channels: dict[str, Any] = {"rgb": None, "alpha": None} | {
             name: None for name in ("depth", "median_depth") if name in extras
@@ -157,12 +171,12 @@ class Field(nn.Module, ABC):
         for name in channels:
             values = torch.cat([getattr(part, name) for part in parts])
             channels[name] = values.view(*shape, *values.shape[1:])
-        return RenderOutput(**channels, samples=samples if learns else None)
+        return RenderOutput(**channels, samples=samples if learns else None, penalties=penalties or {})
 
     def _march(
         self, origins: Tensor, dirs: Tensor, background: Tensor | None, extras: Collection[str], cosines: Tensor
-    ) -> tuple[Marched, int]:
-        """With gradients, of all samples that light reaches; and how many these were."""
+    ) -> tuple[Marched, Samples]:
+        """With gradients, of all samples that light reaches; and these."""
         shift = None if self.jitter is None else torch.rand(len(origins), generator=self.jitter).to(origins)
         near, step, cone = self._steps()
         rays = (origins.detach(), dirs.detach())
@@ -173,7 +187,7 @@ class Field(nn.Module, ABC):
         def query(xyz: Tensor, _dirs: Tensor) -> tuple[Tensor, Tensor]:
             return self._query(xyz, codes.index_select(0, samples.ray_indices))
 
-        return march(samples, origins, dirs, query, background, extras, cosines=cosines), len(samples)
+        return march(samples, origins, dirs, query, background, extras, cosines=cosines), samples
 
     @torch.no_grad()
     def _lit(self, samples: Samples, origins: Tensor, dirs: Tensor) -> Samples:
@@ -229,7 +243,7 @@ class HashField(Field):
 
     def make_encoding(self, config: FieldConfig) -> Grid:
         """See `Field`."""
-        return _grid(config, "cubes")
+        return Grid(3, cells="cubes", **grid_sizes(config))
 
 
 class SimplexField(Field):
@@ -237,7 +251,7 @@ class SimplexField(Field):
 
     def make_encoding(self, config: FieldConfig) -> Grid:
         """See `Field`."""
-        return _grid(config, "simplices")
+        return Grid(3, cells="simplices", **grid_sizes(config))
 
 
 class TriplaneField(Field):
@@ -245,7 +259,14 @@ class TriplaneField(Field):
 
     def make_encoding(self, config: FieldConfig) -> Planes:
         """See `Field`."""
-        return Planes(config)
+        return Planes(3, **grid_sizes(config))
+
+    def penalties(self, marched: Marched, samples: Samples) -> dict[str, Tensor]:
+        """See `Field`; neighbours on a plane differ little."""
+        found = super().penalties(marched, samples)
+        if self.config.variation:
+            found["variation"] = self.config.variation * self.encoding.total_variation()
+        return found
 
 
 class VoxelField(Field):
@@ -258,7 +279,7 @@ class VoxelField(Field):
 
     def make_encoding(self, config: FieldConfig) -> Grid:
         """See `Field`."""
-        encoding = _grid(config, "cubes")
+        encoding = Grid(3, cells="cubes", **grid_sizes(config))
         if not bool((encoding.sides > 0).all()):
             points = (config.finest + 2) ** 3
             raise ValueError(f"log2_rows: expected room for {points} voxels, got {2**config.log2_rows}")
@@ -270,24 +291,6 @@ class VoxelField(Field):
 
     def _split(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
         return encoded[:, :: self.config.features].sum(-1), encoded
-
-
-class Planes(nn.Module):
-    """Positions to the products of features interpolated on the planes of each two axes, at several resolutions."""
-
-    def __init__(self, config: FieldConfig) -> None:
-        """Features uniform in 0.1 to 0.5, as in the paper: a product of small numbers would hardly learn."""
-        super().__init__()
-        planes = [_grid(config, "cubes", dims=2) for _ in _PLANES]
-        for plane in planes:
-            nn.init.uniform_(plane.table, 0.1, 0.5)
-        self.planes = nn.ModuleList(planes)
-        self.out_dim = config.levels * config.features
-
-    def forward(self, x: Tensor) -> Tensor:
-        """[S, 3] in the unit cube to [S, out_dim]."""
-        first, second, third = (plane(x[:, axes]) for plane, axes in zip(self.planes, _PLANES, strict=True))
-        return first * second * third
 
 
 class _TruncatedExp(torch.autograd.Function):
@@ -305,10 +308,9 @@ class _TruncatedExp(torch.autograd.Function):
         return v_out[0] * out
 
 
-def _grid(config: FieldConfig, cells: Literal["cubes", "simplices"], dims: int = 3) -> Grid:
-    names = ("levels", "features", "log2_rows", "coarsest", "finest")
-    sizes: dict[str, Any] = {name: getattr(config, name) for name in names}
-    return Grid(dims, cells=cells, **sizes)
+def grid_sizes(config: FieldConfig) -> dict[str, Any]:
+    """What the options say about the grids of an encoding."""
+    return {name: getattr(config, name) for name in ("levels", "features", "log2_rows", "coarsest", "finest", "half")}
 
 
 def _all_pixels(cameras: Cameras) -> Tensor:

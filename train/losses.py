@@ -34,7 +34,7 @@ def loss_terms(out: RenderOutput, rgb: Tensor, batch: Batch, scene: object, conf
         terms["scale"] = config.scale_reg * scene.scales.mean()
     if config.depth_weight and batch.depth is not None and out.depth is not None:
         terms["depth"] = config.depth_weight * inverse_depth_error(out.depth, out.alpha, batch.depth, batch.mask)
-    return terms
+    return terms | out.penalties
 
 
 def squared_error(rgb: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:

@@ -118,6 +118,7 @@ def _layer_vjp(v, weights, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.conste
 
 @triton.jit
 def _keep_positive(v, rows):
+    kept = ()
     for k in tl.static_range(len(rows)):
         kept += (tl.where(rows[k] <= 0, 0.0, v[k]),)
     return kept

@@ -30,6 +30,7 @@ class Occupancy:
         self, step: int, progress: float, scene: Field, optimizer: torch.optim.Optimizer, out: RenderOutput
     ) -> None:
         """See `Strategy`."""
+        scene.advance(progress)
         if (step + 1) % self.config.interval == 0:
             cells = None if step < _ALL_CELLS_UNTIL else scene.grid.density.numel() // _SHARE
             options: dict[str, Any] = {"decay": self.config.decay, "threshold": self.config.threshold / scene.step}
