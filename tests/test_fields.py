@@ -312,8 +312,8 @@ def test_a_training_learns_and_reports(kind: str, runs: dict[str, Path]) -> None
     report = (runs[kind] / "report.md").read_text()
     assert f": {kind}, occupancy, 40 steps" in report and "| parameters | " in report and "| test PSNR | " in report
     tensors, _ = content(runs[kind], 40)
-        assert {"scene.grid.bits", "optimizer.color_mlp.weights.exp_avg"} <= tensors.keys()
-        assert any(name.startswith("scene.encoding.") and name.endswith("table") for name in tensors)
+    assert {"scene.grid.bits", "optimizer.color_mlp.weights.exp_avg"} <= tensors.keys()
+    assert any(name.startswith("scene.encoding.") and name.endswith("table") for name in tensors)
 
 
 def test_a_run_in_two_parts_is_the_run_in_one(runs: dict[str, Path], tmp_path: Path) -> None:
