@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import os
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 import torch
 
 from prismfield.encodings.grid import Cells, Grid
+from prismfield.encodings.mlp import Head, mlp
 from prismfield.render import kernels as kernels_module
 from prismfield.render.ops.adam import adam_step
 from prismfield.render.ops.composite import MAX_CHANNELS
@@ -81,7 +83,25 @@ def run_grid(device: torch.device) -> None:
     ]
     for dims, cells, features, smooth in forms:
         grid = Grid(dims, cells=cells, levels=1, features=features, log2_rows=4, coarsest=2, finest=2, smooth=smooth)
-        grid.to(device)(torch.rand(2, dims, device=device, requires_grad=True)).sum().backward()
+        grid = grid.to(device)
+        grid(torch.rand(2, dims, device=device, requires_grad=True)).sum().backward()
+        grid.table.data = grid.table.data.half()
+        grid(torch.rand(2, dims, device=device, requires_grad=True)).sum().backward()
+
+
+def run_mlp(device: torch.device) -> None:
+    """The networks of a field, and the widest."""
+    forms: list[tuple[list[int], Head]] = [
+        ([32, 64, 16], "none"),
+        ([31, 64, 64, 3], "sigmoid"),
+        ([128, 128, 128, 128, 128], "softplus"),
+        ([3, 16, 1], "relu"),
+    ]
+    for dims, head in forms:
+        weights = torch.rand(sum(a * b for a, b in itertools.pairwise(dims)), device=device, requires_grad=True)
+        for input_gradient in (True, False):
+            x = torch.rand(2, dims[0], device=device, requires_grad=input_gradient)
+            mlp(x, weights, dims, head).sum().backward()
 
 
 def run_marcher(device: torch.device) -> None:
@@ -100,7 +120,7 @@ def run_marcher(device: torch.device) -> None:
         (out.features.sum() + out.alpha.sum() + out.distance.sum()).backward()
 
 
-RUNS: list[Callable[[torch.device], None]] = [run_adam, run_loss, run_rasterizer, run_grid, run_marcher]
+RUNS: list[Callable[[torch.device], None]] = [run_adam, run_loss, run_rasterizer, run_grid, run_mlp, run_marcher]
 """What starts the kernels, as training and rendering do."""
 
 

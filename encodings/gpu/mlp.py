@@ -125,13 +125,29 @@ def _keep_positive(v, rows):
 
 
 @triton.jit
+def _sigmoid(x):
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x < 0, e, 1.0) / (1.0 + e)
+
+
+@triton.jit
+def _softplus(x):
+    """log(1 + e^x) = max(x, 0) + log(1 + e^-|x|); the latter, of 0 .. 1, as 2 atanh(e / (2 + e)), which stays exact near 0."""
+    e = tl.exp(-tl.abs(x))
+    s = e / (2.0 + e)
+    z = s * s
+    series = ((((z * (2 / 11) + 2 / 9) * z + 2 / 7) * z + 2 / 5) * z + 2 / 3) * z + 2.0
+    return tl.where(x < 0, 0.0, x) + s * series  # NaN stays
+
+
+@triton.jit
 def _activate(x, HEAD: tl.constexpr):
     if HEAD == "relu":
         x = tl.where(x <= 0, 0.0, x)
     elif HEAD == "sigmoid":
-        x = 1.0 / (1.0 + tl.exp(-x))
+        x = _sigmoid(x)
     elif HEAD == "softplus":
-        x = tl.maximum(x, 0.0) + tl.log(1.0 + tl.exp(-tl.abs(x)))
+        x = _softplus(x)
     return x
 
 
@@ -141,10 +157,9 @@ def _activate_vjp(x, v, HEAD: tl.constexpr):
     if HEAD == "relu":
         v = tl.where(x <= 0, 0.0, v)
     elif HEAD == "sigmoid":
-        y = 1.0 / (1.0 + tl.exp(-x))
-        v = v * y * (1.0 - y)
+        v = v * _sigmoid(x) * _sigmoid(-x)
     elif HEAD == "softplus":
-        v = v / (1.0 + tl.exp(-x))
+        v = v * _sigmoid(x)
     return v
 
 
