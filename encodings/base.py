@@ -17,7 +17,13 @@ from prismfield.encodings.sh import SphericalHarmonics
 
 @runtime_checkable
 class Encoding(Protocol):
-    """An `nn.Module` that makes positions easier to learn from."""
+    """An `nn.Module` that makes positions easier to learn from.
+
+    What the table holds keeps to this, and `tests/test_encodings.py` runs over it: no position is an error, be it on the border
+    of a cell, outside of the unit cube, infinite or NaN, and none changes the code of another. Trainable features stand for the
+    unit cube, and a position outside of it gets those of the nearest point. NaN is an error where one looks for it, under
+    `torch.autograd.set_detect_anomaly`. Positions and parameters have first and second derivatives.
+    """
 
     in_dim: int
     out_dim: int

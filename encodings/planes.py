@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prismfield.encodings.grid import Grid
+from prismfield.encodings.points import check_points
 
 Combine = Literal["product", "sum"]
 
@@ -22,6 +23,8 @@ class Planes(nn.Module):
     tells positions apart that a sum confuses.
     """
 
+    in_dim: int
+    """D."""
     out_dim: int
     """`levels * features`."""
 
@@ -78,7 +81,8 @@ class Planes(nn.Module):
         """Encode.
 
         Args:
-            x: [..., D], as for `Grid`.
+            x: [..., D] in the unit cube; outside, the nearest point of it; NaN counts as 0, and raises under
+                `torch.autograd.set_detect_anomaly`.
 
         Returns:
             [..., out_dim]. Differentiable twice.
@@ -86,8 +90,7 @@ class Planes(nn.Module):
         Raises:
             ValueError: the last axis is not `in_dim`.
         """
-        if x.shape[-1:] != (self.in_dim,):
-            raise ValueError(f"x: expected [..., {self.in_dim}], got {list(x.shape)}")
+        check_points(x, self.in_dim)
         found = [plane(x[..., axes]) for plane, axes in zip(self.planes, self.axes, strict=True)]
         return math.prod(found[1:], start=found[0]) if self.combine == "product" else sum(found[1:], start=found[0])
 

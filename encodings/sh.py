@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from prismfield.encodings.points import check_points
 from prismfield.render.ops.sh import sh_basis
 
 _C4 = (
@@ -50,7 +51,8 @@ class SphericalHarmonics(nn.Module):
         """Encode.
 
         Args:
-            x: [..., 3] directions of unit length.
+            x: [..., 3] directions of unit length; of another length, the polynomials go on. NaN gives NaN in its own row, and raises
+                under `torch.autograd.set_detect_anomaly`.
 
         Returns:
             [..., out_dim]. Differentiable any number of times.
@@ -58,8 +60,7 @@ class SphericalHarmonics(nn.Module):
         Raises:
             ValueError: the last axis is not 3.
         """
-        if x.shape[-1:] != (3,):
-            raise ValueError(f"x: expected [..., 3], got {list(x.shape)}")
+        check_points(x, 3)
         basis = sh_basis(x, min(self.degree, 3))
         return torch.cat([basis, _degree_four(x)], -1) if self.degree == 4 else basis
 

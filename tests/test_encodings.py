@@ -82,6 +82,49 @@ def test_outside_and_nan_stay_where_they_are(name: str) -> None:
         assert all(p.grad is not None and p.grad.isfinite().all() for p in encoding.parameters())
 
 
+def test_outside_is_the_nearest_point_of_the_cube(name: str) -> None:
+    """For whatever has features to learn: there are none outside."""
+    for encoding in fitting(name):
+        if not any(True for _ in encoding.parameters()):
+            continue
+        x = 4 * make_points(encoding, 60) - 1.5
+        x[::10, 0], x[1::10, 1] = math.inf, -math.inf
+        assert ((x < 0) | (x > 1)).any(-1).sum() > 20
+        assert torch.equal(encoding(x), encoding(x.clamp(0, 1)))
+
+
+def test_nan_is_found_where_one_looks_for_it(name: str) -> None:
+    for encoding in fitting(name):
+        x = make_points(encoding, 2, 4)
+        with torch.autograd.set_detect_anomaly(True):
+            encoding(x)
+            x[1, 2, -1] = math.nan
+            with pytest.raises(ValueError, match=r"^x: expected numbers, got NaN in row 6$"):
+                encoding(x)
+        encoding(x)
+
+
+def test_borders_of_cells(name: str) -> None:
+    """Lattices of 3, 6, 12 and 24 cells change cells at odd multiples of 1/6 to 1/48, simplices also where coordinates are equal."""
+    for encoding in fitting(name):
+        for parameter in encoding.parameters():
+            nn.init.uniform_(parameter, -1, 1)
+        steps = torch.arange(49) / 48
+        generator = torch.Generator().manual_seed(0)
+        corners = steps[torch.randint(0, 49, (200, encoding.in_dim), generator=generator)]
+        faces = corners.clone()
+        faces[:, 1] = torch.rand(200, generator=generator)
+        diagonal = steps[:, None].expand(-1, encoding.in_dim)
+        x = torch.cat([corners, faces, diagonal]).requires_grad_()
+        out = encoding(x)
+        wanted = copy.deepcopy(encoding).double()(x.detach().double())
+        torch.testing.assert_close(out.double(), wanted, rtol=1e-4, atol=1e-4)
+        for side in (-1e-6, 1e-6):  # at most 24 cells and 8 cycles a unit: no step, whichever cell it is
+            torch.testing.assert_close(encoding(x + side), out, rtol=1e-3, atol=1e-3)
+        out.sum().backward()
+        assert x.grad is not None and x.grad.isfinite().all() and float(x.grad.abs().max()) > 0
+
+
 def test_gradients(name: str) -> None:
     """To the positions and every parameter, first and second, in double precision."""
     for encoding in fitting(name, replace(SMALL, levels=2, finest=6, log2_rows=7, octaves=2)):
