@@ -9,8 +9,10 @@ from torch import Tensor
 
 from prismfield.render.cameras import Cameras
 from prismfield.render.output import RenderOutput
-from prismfield.representations.fields import HashField, SimplexField, TriplaneField, VoxelField
+from prismfield.representations.fields import HashField, SimplexField, TriplaneField
 from prismfield.representations.gaussians import Gaussians
+from prismfield.representations.hollow import HollowField
+from prismfield.representations.voxels import VoxelField
 
 
 @runtime_checkable
@@ -62,8 +64,10 @@ REPRESENTATIONS: dict[str, type[Representation]] = {
     "simplex": SimplexField,
     "triplane": TriplaneField,
     "voxel": VoxelField,
+    "hollow": HollowField,
 }
-"""3D Gaussians with harmonic colour; radiance fields on hashed grids of cubes and of simplices, on planes, on voxels."""
+"""3D Gaussians with harmonic colour; radiance fields on hashed grids of cubes and of simplices, on planes, on voxels, and on
+a hashed grid that a mask hollows out."""
 
 
 def size_of(scene: Representation) -> tuple[str, int]:

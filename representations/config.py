@@ -86,9 +86,63 @@ class FieldConfig:
     """What `lr` decays to, exponentially, over the training."""
 
 
+@dataclass(frozen=True)
+class VoxelConfig(FieldConfig):
+    """A radiance field stored in voxels, from coarse to fine (Direct Voxel Grid Optimization, arXiv:2111.11215)."""
+
+    levels: int = 3
+    """Grids that add up, from `coarsest` to `finest`."""
+    features: int = 4
+    """Numbers of a voxel, 2, 4 or 8: its density, and what its colour is made of."""
+    log2_rows: int = 21
+    """Room for the voxels of one grid."""
+    coarsest: int = 30
+    """Voxels along the longest side of the bounds, of the coarsest grid."""
+    finest: int = 126
+    """Of the finest."""
+    lr: float = 0.1
+    """Of the voxels; where fewer cameras see one of the coarsest grid, its share of that."""
+    lr_final: float = 1e-2
+    """What `lr` decays to, exponentially, over the training."""
+    network_lr: float = 5e-3
+    """Of the colour network; decays as `lr` does."""
+    init_alpha: float = 1e-3
+    """Opacity of a finest voxel at first, in (0, 1)."""
+    growth: float = 0.15
+    """Share of the training over which the finer grids come in one after the other; 0: all are there from the start."""
+    entropy: float = 1e-3
+    """Weight of the entropy of the pixels' opacities, which are nearly 0 or 1 then."""
+
+    def levels_at(self, progress: float) -> int:
+        """Grids in use at `progress` in 0..1."""
+        if self.growth <= 0:
+            return self.levels
+        # The small term keeps a multiple of the interval from rounding down.
+        return min(self.levels, 1 + int((self.levels - 1) * progress / self.growth + 1e-9))
+
+
+@dataclass(frozen=True)
+class HollowConfig(FieldConfig):
+    """A hashed radiance field with a mask of what matters, thinned out by ADMM (HollowNeRF, arXiv:2308.10122)."""
+
+    log2_rows: int = 16
+    """Points of a grid that are stored; more of them share places by a hash. With the mask, a third of what "hash" stores."""
+    saliency: int = 64
+    """Cells of the mask along the longest side of the bounds."""
+    saliency_lr: float = 1e-2
+    """Of the mask; decays as `lr` does."""
+    sparsity: float = 0.02
+    """Weight of the mean of the mask in the loss."""
+    rho: float = 0.2
+    """Weight of the augmented Lagrangian; `sparsity` / `rho` is what a dual update takes off the mask where nothing holds it up."""
+    dual_interval: int = 16
+    """Steps between dual updates."""
+    prune: float = 0.5
+    """Share of the training after which what ADMM has set to 0 is cut off for good, and the rest trains freely."""
+
+
 SIMPLEX = FieldConfig()
 TRIPLANE = FieldConfig(levels=4, features=8, log2_rows=19, coarsest=64, finest=512)
-VOXEL = FieldConfig(levels=4, features=4, log2_rows=21, coarsest=16, finest=126, lr=5e-2, lr_final=5e-3)
 
 TRAINED_BY: dict[str, tuple[str, ...]] = {
     "gaussians": ("adc", "mcmc", "fixed"),
@@ -96,5 +150,6 @@ TRAINED_BY: dict[str, tuple[str, ...]] = {
     "simplex": ("occupancy",),
     "triplane": ("occupancy",),
     "voxel": ("occupancy",),
+    "hollow": ("occupancy",),
 }
 """What may train each representation, the default first."""

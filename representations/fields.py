@@ -227,15 +227,20 @@ class Field(nn.Module, ABC):
             encoded = self.encoding(0.25 * contract(torch.add(offset, xyz, alpha=1 / self.radius)) + 0.5)
         else:
             encoded = self.encoding(torch.add(0.5 * offset + 0.5, xyz, alpha=0.5 / self.radius))
-        raw, features = self._split(encoded)
-        sigmas: Tensor = _TruncatedExp.apply(raw)  # type: ignore[no-untyped-call]
+        sigmas, features = self._split(encoded)
         return sigmas / self.radius, features
 
     def _split(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
-        """Logarithm of the density [S], in units of `radius`, and what the colour network gets."""
+        """Densities [S], per `radius`, and what the colour network gets."""
         assert self.density_mlp is not None
         features = self.density_mlp(encoded)
-        return features[:, 0], features
+        return exponential(features[:, 0]), features
+
+
+def exponential(raw: Tensor) -> Tensor:
+    """Densities from their logarithms, without overflow in either pass."""
+    found: Tensor = _TruncatedExp.apply(raw)  # type: ignore[no-untyped-call]
+    return found
 
 
 class HashField(Field):
@@ -267,30 +272,6 @@ class TriplaneField(Field):
         if self.config.variation:
             found["variation"] = self.config.variation * self.encoding.total_variation()
         return found
-
-
-class VoxelField(Field):
-    """Stored voxels from coarse to fine, after Direct Voxel Grid Optimization (arXiv:2111.11215).
-
-    The logarithm of the density is interpolated before the exponential (their post-activation), and the sum over all
-    grids; the colour network gets all features. Departs from the paper in that coarse grids stay beside the fine ones
-    instead of being resampled to them.
-    """
-
-    def make_encoding(self, config: FieldConfig) -> Grid:
-        """See `Field`."""
-        encoding = Grid(3, cells="cubes", **grid_sizes(config))
-        if not bool((encoding.sides > 0).all()):
-            points = (config.finest + 2) ** 3
-            raise ValueError(f"log2_rows: expected room for {points} voxels, got {2**config.log2_rows}")
-        return encoding
-
-    def make_density_mlp(self, config: FieldConfig) -> tuple[None, int]:
-        """None: the density is stored."""
-        return None, self.encoding.out_dim
-
-    def _split(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
-        return encoded[:, :: self.config.features].sum(-1), encoded
 
 
 class _TruncatedExp(torch.autograd.Function):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,25 @@ from prismfield.export.assets import SplatAsset
 from prismfield.export.ply import read_ply, write_ply
 from prismfield.render.cameras import Cameras
 from prismfield.representations.base import REPRESENTATIONS, Representation
-from prismfield.representations.config import FieldConfig, GaussiansConfig
+from prismfield.representations.config import FieldConfig, GaussiansConfig, HollowConfig, VoxelConfig
 
-_FIELD = FieldConfig(
-    levels=4, log2_rows=12, coarsest=4, finest=24, width=16, extent="box", occupancy=16, steps=24, lr=2e-3
-)
+_SIZES: dict[str, Any] = {
+    "levels": 4,
+    "coarsest": 4,
+    "finest": 24,
+    "width": 16,
+    "occupancy": 16,
+    "steps": 24,
+    "lr": 2e-3,
+}
+_FIELD = FieldConfig(log2_rows=12, extent="box", **_SIZES)
 CONFIGS: dict[str, Any] = {
     "gaussians": GaussiansConfig(sh_degree=2, init_opacity=0.6),
     "hash": _FIELD,
     "simplex": _FIELD,
     "triplane": _FIELD,
-    "voxel": replace(_FIELD, log2_rows=15),
+    "voxel": VoxelConfig(log2_rows=15, extent="box", growth=0, init_alpha=0.05, network_lr=2e-3, **_SIZES),
+    "hollow": HollowConfig(log2_rows=12, extent="box", saliency=8, saliency_lr=2e-3, **_SIZES),
 }
 SPLATS = {"gaussians"}
 """Those whose tensors a splat file can hold."""

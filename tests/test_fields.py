@@ -20,7 +20,7 @@ from prismfield.render.cameras import Cameras
 from prismfield.render.output import RenderOutput
 from prismfield.representations.base import REPRESENTATIONS
 from prismfield.representations.config import FieldConfig
-from prismfield.representations.fields import Field, HashField, VoxelField, _TruncatedExp
+from prismfield.representations.fields import Field, HashField, _TruncatedExp
 from prismfield.train.checkpoint import STATE, TENSORS
 from prismfield.train.strategies.config import OccupancyConfig
 from prismfield.train.strategies.occupancy import Occupancy
@@ -201,8 +201,6 @@ def test_tensors_that_do_not_fit_are_named() -> None:
         HashField.from_tensors({"means": torch.zeros(3, 3)}, SMALL)
     with pytest.raises(ValueError, match=r"^color_mlp.weights: expected \[\d+\], got none$"):
         HashField.from_tensors({k: v for k, v in tensors.items() if k != "color_mlp.weights"}, SMALL)
-    with pytest.raises(ValueError, match=r"^log2_rows: expected room for 17576 voxels, got 4096$"):
-        VoxelField.from_points(*EMPTY, SMALL)
 
 
 def test_space_stays_space() -> None:

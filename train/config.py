@@ -10,7 +10,15 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from prismfield.representations.config import SIMPLEX, TRAINED_BY, TRIPLANE, VOXEL, FieldConfig, GaussiansConfig
+from prismfield.representations.config import (
+    SIMPLEX,
+    TRAINED_BY,
+    TRIPLANE,
+    FieldConfig,
+    GaussiansConfig,
+    HollowConfig,
+    VoxelConfig,
+)
 from prismfield.train.strategies.config import AdcConfig, McmcConfig, OccupancyConfig
 
 DEFAULT_STEPS = 4000
@@ -108,8 +116,9 @@ class TrainConfig:
 
     scene: str = "garden"
     """A folder with photographs and poses, a name under $PRISMFIELD_DATA, or a bundled scene."""
-    representation: Literal["gaussians", "hash", "simplex", "triplane", "voxel"] = "gaussians"
-    """What to make: splats, or a radiance field on a grid of cubes or of simplices, on planes, or on voxels."""
+    representation: Literal["gaussians", "hash", "simplex", "triplane", "voxel", "hollow"] = "gaussians"
+    """What to make: splats, or a radiance field on a grid of cubes or of simplices, on planes, on voxels, or on a small grid
+    of cubes with a mask of what matters."""
     strategy: Literal["adc", "mcmc", "fixed", "occupancy"] | None = None
     """How primitives are added and dropped, default adc; radiance fields: how empty space is found, occupancy."""
     steps: int | None = None
@@ -148,7 +157,8 @@ class TrainConfig:
     hash: FieldConfig = field(default_factory=FieldConfig)
     simplex: FieldConfig = SIMPLEX
     triplane: FieldConfig = TRIPLANE
-    voxel: FieldConfig = VOXEL
+    voxel: VoxelConfig = field(default_factory=VoxelConfig)
+    hollow: HollowConfig = field(default_factory=HollowConfig)
     adc: AdcConfig = field(default_factory=AdcConfig)
     mcmc: McmcConfig = field(default_factory=McmcConfig)
     occupancy: OccupancyConfig = field(default_factory=OccupancyConfig)

@@ -152,6 +152,8 @@ def start_session(config: TrainConfig, device: torch.device, folder: Path | None
     _decode_early(test_views, budget // 8)
     background = COLORS[data.background]
     scene = (initial_scene(config, data) if saved is None else scene_from_checkpoint(config, *saved)).to(device)
+    if saved is None and (observe := getattr(scene, "observe", None)) is not None:
+        observe([train_views.camera(index) for index in range(len(train_views))])
     exposure = Exposure(len(train_views)).to(device) if config.exposure.enabled else None
     poses = PoseDeltas(len(train_views)).to(device) if config.pose.enabled else None
     name = config.strategy or TRAINED_BY[config.representation][0]
