@@ -255,7 +255,7 @@ def test_total_variation_in_closed_form() -> None:
                 plane.table[start:end] = slope * (0.5 * rows + 0.2 * columns).flatten()[:, None].float()
             expected.append(2 * slope * n * (n - 1) * (0.25 + 0.04) / n**2)
     variation = encoding.total_variation()
-    assert float(variation) == pytest.approx(float(np.mean(expected)), rel=1e-5)
+    assert variation.item() == pytest.approx(float(np.mean(expected)), rel=1e-5)
     variation.backward()
     for plane, is_flat in zip(encoding.planes, (False, False, True), strict=True):
         assert plane.table.grad is not None and bool((plane.table.grad == 0).all()) == is_flat
