@@ -74,6 +74,7 @@ def run_rasterizer(device: torch.device) -> None:
 
 
 def run_grid(device: torch.device) -> None:
+    kinds: tuple[Cells, Cells] = ("cubes", "simplices")
     forms: list[tuple[int, Cells, int, bool]] = [
         (2, "cubes", 4, False),
         (3, "cubes", 2, False),
@@ -83,25 +84,24 @@ def run_grid(device: torch.device) -> None:
     ]
     for dims, cells, features, smooth in forms:
         grid = Grid(dims, cells=cells, levels=1, features=features, log2_rows=4, coarsest=2, finest=2, smooth=smooth)
-        grid = grid.to(device)
-        grid(torch.rand(2, dims, device=device, requires_grad=True)).sum().backward()
-        grid.table.data = grid.table.data.half()
-        grid(torch.rand(2, dims, device=device, requires_grad=True)).sum().backward()
+        grid.to(device)(torch.rand(2, dims, device=device, requires_grad=True)).sum().backward()
+    for cells in kinds:  # halves, as fields store them
+        grid = Grid(3, cells=cells, levels=1, log2_rows=4, coarsest=2, finest=2, half=True)
+        grid.to(device)(torch.rand(2, 3, device=device, requires_grad=True)).sum().backward()
 
 
 def run_mlp(device: torch.device) -> None:
     """The networks of a field, and the widest."""
-    forms: list[tuple[list[int], Head]] = [
-        ([32, 64, 16], "none"),
-        ([31, 64, 64, 3], "sigmoid"),
-        ([128, 128, 128, 128, 128], "softplus"),
-        ([3, 16, 1], "relu"),
+    forms: list[tuple[list[int], Head, bool]] = [
+        ([32, 64, 16], "none", True),
+        ([31, 64, 64, 3], "sigmoid", True),
+        ([3, 128, 1], "softplus", True),
+        ([128, 128, 16], "relu", False),
     ]
-    for dims, head in forms:
+    for dims, head, input_gradient in forms:
         weights = torch.rand(sum(a * b for a, b in itertools.pairwise(dims)), device=device, requires_grad=True)
-        for input_gradient in (True, False):
-            x = torch.rand(2, dims[0], device=device, requires_grad=input_gradient)
-            mlp(x, weights, dims, head).sum().backward()
+        x = torch.rand(2, dims[0], device=device, requires_grad=input_gradient)
+        mlp(x, weights, dims, head).sum().backward()
 
 
 def run_marcher(device: torch.device) -> None:

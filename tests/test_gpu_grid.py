@@ -82,6 +82,26 @@ def test_against_the_reference(
         assert ((ours.grad.cpu() != 0) <= (theirs.grad != 0)).all(), name
 
 
+@pytest.mark.parametrize("features", [2, 8])
+@pytest.mark.parametrize("cells", ["cubes", "simplices"])
+def test_tables_in_half_precision(cells: Cells, features: int, triton_device: torch.device) -> None:
+    """Features and the points' gradient are those of the rounded table; the table's gradient has not gone through halves."""
+    module = make_grid(3, cells, features, False)
+    x, rounded = make_points(131, module), module.table.detach().half()
+    wanted_leaves = [t.detach().double().requires_grad_() for t in (x, rounded)]
+    wanted = grid_reference(*wanted_leaves, *arguments(module, torch.device("cpu")))
+    upstream = cotangents(wanted.float())[0]
+    wanted.backward(upstream.double())
+    leaves = [t.detach().to(triton_device).requires_grad_() for t in (x, module.table)]
+    got = grid(*leaves, *arguments(module, triton_device), rounded.to(triton_device))
+    got.backward(upstream.to(triton_device))
+    assert_near(got.detach(), wanted.detach(), "features")
+    for ours, theirs, name in zip(leaves, wanted_leaves, ("v_x", "v_table"), strict=True):
+        assert ours.grad is not None and theirs.grad is not None
+        assert ours.grad.dtype == torch.float32
+        assert_near(ours.grad, theirs.grad, name)
+
+
 @pytest.mark.parametrize("cells", ["cubes", "simplices"])
 def test_points_on_borders_beyond_and_nowhere(cells: Cells, triton_device: torch.device) -> None:
     """Features are continuous; 0 and 1 belong to the cube, and NaN is 0."""
