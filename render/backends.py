@@ -1,4 +1,4 @@
-"""Who rasterizes Gaussians: our own ops, or an installed gsplat on request."""
+"""Who rasterizes Gaussians and finds samples along rays: our own ops, or an installed gsplat and nerfacc on request."""
 
 from __future__ import annotations
 
@@ -32,17 +32,84 @@ def choose(backend: Backend, device: torch.device) -> None:
     """
     global _current
     if backend == "gsplat":
-        if device.type != "cuda":
-            raise ValueError(f"--backend gsplat: needs a CUDA device, and this training runs on {device}")
-        try:
-            importlib.import_module("gsplat")
-        except ImportError as error:
-            raise ValueError(f"--backend gsplat: gsplat cannot be imported ({error}); pip install gsplat") from None
+        need_cuda("--backend gsplat", device)
+        load("gsplat", "--backend gsplat", "gsplat")
         # Without them it imports all the same, and fails at the first picture.
         if getattr(sys.modules.get("gsplat.cuda._backend"), "_C", "kernels") is None:
             raise ValueError("--backend gsplat: gsplat has no compiled kernels and finds no CUDA toolkit to build them")
     kernels.enabled = backend != "reference"
     _current = backend
+
+
+def need_cuda(option: str, device: torch.device) -> None:
+    """Refuse `option` on another device.
+
+    Raises:
+        ValueError: `device` is no CUDA device.
+    """
+    if device.type != "cuda":
+        raise ValueError(f"{option}: needs a CUDA device, and this training runs on {device}")
+
+
+def load(package: str, option: str, source: str) -> Any:
+    """The module of that name, which `option` asks for; `source` is what pip installs it from.
+
+    Raises:
+        ValueError: it cannot be imported.
+    """
+    try:
+        return importlib.import_module(package)
+    except (
+        ImportError,
+        OSError,
+        NameError,
+    ) as error:  # the latter two from tinycudann, where it was built for another GPU
+        reason = str(error).strip().partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{option}: {package} cannot be imported ({reason}); pip install {source}") from None
+
+
+@torch.no_grad()
+def sample_with_nerfacc(
+    rays: tuple[Tensor, Tensor],
+    t_range: Tensor,
+    occupied: Tensor,
+    aabb: Tensor,
+    *,
+    step: float,
+    cone: float,
+    max_samples: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`march_occupancy` by nerfacc (read against 0.5.3), whose steps may begin elsewhere in a cell that is occupied.
+
+    Args:
+        rays: origins and unit directions [R, 3], world units.
+        t_range: [R, 2] near and far, world units.
+        occupied: [levels, res, res, res] bool.
+        aabb: [2, 3] of level 0; each next one is twice as large about the same centre.
+        step: world units.
+        cone: steps grow to this times the distance.
+        max_samples: of one ray, the nearest.
+
+    Returns:
+        What `Samples` holds.
+
+    Raises:
+        ValueError: nerfacc cannot be imported, or the rays are on no CUDA device.
+    """
+    need_cuda("sampler nerfacc", rays[0].device)
+    grid = load("nerfacc.grid", "sampler nerfacc", "nerfacc")
+    middle, half = aabb.mean(0), 0.5 * (aabb[1] - aabb[0])
+    boxes = [torch.cat([middle - half * 2**level, middle + half * 2**level]) for level in range(len(occupied))]
+    near, far = t_range.unbind(-1)
+    options = {"near_planes": near.contiguous(), "far_planes": far.contiguous(), "step_size": step, "cone_angle": cone}
+    intervals, pieces, _ = grid.traverse_grids(*rays, occupied, torch.stack(boxes), **options)
+    owners = pieces.ray_indices.long()
+    counts = torch.bincount(owners, minlength=len(near))
+    place = torch.arange(len(owners), device=owners.device) - (counts.cumsum(0) - counts)[owners]
+    kept = place < max_samples
+    counts = counts.clamp(max=max_samples)
+    packed_info = torch.stack([counts.cumsum(0) - counts, counts], -1)
+    return intervals.vals[intervals.is_left][kept], intervals.vals[intervals.is_right][kept], owners[kept], packed_info
 
 
 def gpu_kernels(device: torch.device) -> tuple[Any, str]:

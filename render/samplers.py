@@ -9,6 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from prismfield.render import backends
 from prismfield.render.checks import check_alike, check_shapes
 from prismfield.render.ops.march import BLOCK, clip_to_box, composite_samples, march_occupancy
 
@@ -68,6 +69,9 @@ class OccupancyGrid(nn.Module):
     """[levels, res, res, res] along x, y, z: decayed maximum of what was seen, per world unit; -1 where a cell is ruled out."""
     bits: Tensor
     """[levels, res / 4, res / 4, res / 4] int64, one bit a cell as `march_occupancy` takes them."""
+
+    sampler: Literal["auto", "nerfacc"] = "auto"
+    """Who finds the samples: ours, or nerfacc, which must be installed and on CUDA."""
 
     def __init__(self, aabb: Tensor, resolution: int = 128, levels: int = 1) -> None:
         """All cells are occupied at first.
@@ -140,6 +144,11 @@ class OccupancyGrid(nn.Module):
         """
         t_range = _range(near, far, origins)
         jitter = t_range.new_zeros(len(origins)) if jitter is None else jitter
+        if self.sampler == "nerfacc":
+            # Its first step is never shorter: it begins later instead
+            t_range = torch.stack([t_range[:, 0] + step * jitter, t_range[:, 1]], -1)
+            sizes = {"step": step, "cone": cone, "max_samples": max_samples}
+            return Samples(*backends.sample_with_nerfacc((origins, dirs), t_range, self.occupied, self.aabb, **sizes))
         return Samples(
             *march_occupancy(
                 origins, dirs, t_range, jitter, self.bits, self.aabb, step=step, cone=cone, max_samples=max_samples

@@ -64,6 +64,10 @@ class FieldConfig:
     """Features are read in half precision; they are stored and updated in single precision."""
     width: int = 64
     """Of the networks' hidden layers."""
+    sampler: Literal["auto", "nerfacc"] = "auto"
+    """Who finds the samples along rays: our own kernels, or an installed nerfacc, on CUDA."""
+    networks: Literal["auto", "tinycudann"] = "auto"
+    """Who computes grid and networks: our own kernels, or an installed tiny-cuda-nn, on CUDA; only with "hash"."""
     extent: Literal["auto", "box", "space"] = "auto"
     """"box": nothing outside the capture's bounds. "space": everything; what is outside the bounds is contracted. "auto":
     a box where images are transparent around an object."""
@@ -129,7 +133,7 @@ class HollowConfig(FieldConfig):
     """Points of a grid that are stored; more of them share places by a hash. With the mask, a third of what "hash" stores."""
     saliency: int = 64
     """Cells of the mask along the longest side of the bounds."""
-    saliency_lr: float = 1e-2
+    saliency_lr: float = 2e-2
     """Of the mask; decays as `lr` does."""
     sparsity: float = 0.02
     """Weight of the mean of the mask in the loss."""

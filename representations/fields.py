@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from prismfield.encodings.grid import Grid
 from prismfield.encodings.mlp import Mlp
 from prismfield.encodings.planes import Planes
+from prismfield.encodings.tiny import Tiny, tiny_grid, tiny_mlp
 from prismfield.render.cameras import Cameras
 from prismfield.render.checks import check_shapes
 from prismfield.render.contraction import contract
@@ -58,6 +59,7 @@ class Field(nn.Module, ABC):
         super().__init__()
         self.config, self.jitter = config, None
         self.grid = OccupancyGrid(aabb, config.occupancy, config.nests if unbounded else 1)
+        self.grid.sampler = config.sampler
         self.register_buffer("unbounded", torch.tensor(unbounded))
         size = self.grid.aabb[1] - self.grid.aabb[0]
         self.radius = 0.5 * float(size.max())
@@ -66,7 +68,7 @@ class Field(nn.Module, ABC):
         """Of a ray, scene units."""
         self.encoding = self.make_encoding(config)
         self.density_mlp, channels = self.make_density_mlp(config)
-        self.color_mlp = Mlp(channels + (_SH_DEGREE + 1) ** 2, 3, width=config.width, hidden=2, head="sigmoid")
+        self.color_mlp = self.make_network(channels + (_SH_DEGREE + 1) ** 2, 3, config, hidden=2, head="sigmoid")
 
     @abstractmethod
     def make_encoding(self, config: FieldConfig) -> Any:
@@ -74,7 +76,11 @@ class Field(nn.Module, ABC):
 
     def make_density_mlp(self, config: FieldConfig) -> tuple[Mlp | None, int]:
         """The density network, and how many values the colour network gets beside the direction."""
-        return Mlp(self.encoding.out_dim, _FEATURES, width=config.width), _FEATURES
+        return self.make_network(self.encoding.out_dim, _FEATURES, config), _FEATURES
+
+    def make_network(self, in_dim: int, out_dim: int, config: FieldConfig, **options: Any) -> Any:
+        """A perceptron; options as for `Mlp`."""
+        return Mlp(in_dim, out_dim, width=config.width, **options)
 
     def penalties(self, marched: Marched, samples: Samples) -> dict[str, Tensor]:
         """Terms of the training loss beside the pictures' error, weighted, for what a step drew."""
@@ -246,9 +252,15 @@ def exponential(raw: Tensor) -> Tensor:
 class HashField(Field):
     """Features in hash tables on grids of cubes (Instant NGP, arXiv:2201.05989)."""
 
-    def make_encoding(self, config: FieldConfig) -> Grid:
+    def make_encoding(self, config: FieldConfig) -> Grid | Tiny:
         """See `Field`."""
-        return Grid(3, cells="cubes", **grid_sizes(config))
+        sizes = grid_sizes(config)
+        return tiny_grid(**sizes) if config.networks == "tinycudann" else Grid(3, cells="cubes", **sizes)
+
+    def make_network(self, in_dim: int, out_dim: int, config: FieldConfig, **options: Any) -> Mlp | Tiny:
+        """See `Field`."""
+        make = tiny_mlp if config.networks == "tinycudann" else Mlp
+        return make(in_dim, out_dim, width=config.width, **options)
 
 
 class SimplexField(Field):

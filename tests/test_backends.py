@@ -15,6 +15,9 @@ from torch import Tensor
 from prismfield.render import backends
 from prismfield.render import kernels as kernels_module
 from prismfield.render.rasterize import rasterize_gaussians
+from prismfield.render.samplers import OccupancyGrid
+from prismfield.representations.config import FieldConfig
+from prismfield.representations.fields import HashField
 from prismfield.train.cli import choose_device, use_backend
 
 from .raster_fixtures import make_cameras, make_gaussians
@@ -218,3 +221,96 @@ def test_gsplat_gets_no_lens(monkeypatch: pytest.MonkeyPatch) -> None:
     g = make_gaussians(9, cameras)
     with pytest.raises(ValueError, match=r"^cameras: expected pinhole, got 'fisheye'"):
         rasterize_gaussians(g.means, g.quats, g.scales, g.opacities, (g.sh0, g.shN), cameras, sh_degree=0)
+
+
+@pytest.fixture
+def anywhere(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
+    """What needs CUDA is let run on the CPU, for packages that are only acted."""
+    monkeypatch.setattr(backends, "need_cuda", lambda _option, _device: None)
+    return monkeypatch
+
+
+def test_nerfacc_and_tinycudann_are_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    box, nothing = torch.tensor([[-1.0] * 3, [1.0] * 3]), torch.zeros(1, 3)
+    grid = OccupancyGrid(box, 16)
+    grid.sampler = "nerfacc"
+    with pytest.raises(ValueError) as error:
+        grid.sample(nothing, nothing + 1, 0.0, 1.0, 0.1, max_samples=3)
+    assert str(error.value) == "sampler nerfacc: needs a CUDA device, and this training runs on cpu"
+    monkeypatch.setattr(backends, "need_cuda", lambda _option, _device: None)
+    for name in ("nerfacc", "nerfacc.grid", "tinycudann"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(
+        ValueError, match=r"^sampler nerfacc: nerfacc.grid cannot be imported \(.+\); pip install nerfacc$"
+    ):
+        grid.sample(nothing, nothing + 1, 0.0, 1.0, 0.1, max_samples=3)
+    refused = r"^networks tinycudann: tinycudann cannot be imported \(.+\); pip install \"git\+https://.+\"$"
+    with pytest.raises(ValueError, match=refused):
+        HashField(box, False, FieldConfig(networks="tinycudann"))
+
+
+class FakeNerfacc:
+    """Answers like `nerfacc.grid.traverse_grids` with five samples on the first ray, none on the second, two on the third."""
+
+    def traverse_grids(self, *args: Any, **options: Any) -> tuple[Any, Any, None]:
+        self.args, self.options = args, options
+        owners = torch.tensor([0] * 5 + [2] * 2)
+        edges = torch.arange(14.0)  # each sample's own start and end, as where gaps are between all
+        left = torch.arange(14) % 2 == 0
+        return SimpleNamespace(vals=edges, is_left=left, is_right=~left), SimpleNamespace(ray_indices=owners), None
+
+
+def test_what_nerfacc_is_asked_and_what_becomes_of_its_answer(anywhere: pytest.MonkeyPatch) -> None:
+    fake = FakeNerfacc()
+    anywhere.setitem(sys.modules, "nerfacc.grid", fake)
+    grid = OccupancyGrid(torch.tensor([[0.0, 1.0, 2.0], [2.0, 5.0, 8.0]]), 16, 2)
+    grid.sampler = "nerfacc"
+    origins, dirs = torch.rand(3, 3), torch.nn.functional.normalize(torch.rand(3, 3), dim=-1)
+    jitter = torch.tensor([0.0, 0.5, 1.0])
+    samples = grid.sample(origins, dirs, 0.2, 9.0, 0.1, max_samples=3, cone=0.01, jitter=jitter)
+    assert fake.args[0] is origins and fake.args[1] is dirs
+    assert torch.equal(fake.args[2], grid.occupied)
+    assert fake.args[3].tolist() == [[0, 1, 2, 2, 5, 8], [-1, -1, -1, 3, 7, 11]]
+    torch.testing.assert_close(fake.options["near_planes"], torch.tensor([0.2, 0.25, 0.3]))
+    assert fake.options["far_planes"].tolist() == [9.0, 9.0, 9.0]
+    assert (fake.options["step_size"], fake.options["cone_angle"]) == (0.1, 0.01)
+    assert samples.t_starts.tolist() == [0, 2, 4, 10, 12]  # the nearest three of the first ray's
+    assert samples.t_ends.tolist() == [1, 3, 5, 11, 13]
+    assert samples.ray_indices.tolist() == [0, 0, 0, 2, 2]
+    assert samples.packed_info.tolist() == [[0, 3], [3, 0], [3, 2]]
+
+
+class FakeTiny(torch.nn.Module):
+    """One matrix, in half precision, in the place of all that tinycudann has; remembers what it was asked for."""
+
+    def __init__(self, in_dim: int, *options: Any, seed: int) -> None:
+        super().__init__()
+        self.options, out_dim = options, options[0] if len(options) == 2 else 4
+        generator = torch.Generator().manual_seed(seed)
+        self.params = torch.nn.Parameter(torch.randn(out_dim, in_dim, generator=generator))
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert len(x)  # it refuses none
+        return (x @ self.params.mT).half()
+
+
+def test_a_field_on_tinycudann(anywhere: pytest.MonkeyPatch) -> None:
+    """Asks for what the options say; draws, learns and comes back from its tensors."""
+    anywhere.setitem(sys.modules, "tinycudann", SimpleNamespace(Encoding=FakeTiny, Network=FakeTiny))
+    sizes = {"levels": 2, "features": 2, "log2_rows": 5, "coarsest": 4, "finest": 12, "occupancy": 16, "steps": 32}
+    config = FieldConfig(networks="tinycudann", width=48, **sizes)
+    box = torch.tensor([[-1.0] * 3, [1.0] * 3])
+    field = HashField(box, False, config)
+    grid = {"n_levels": 2, "n_features_per_level": 2, "log2_hashmap_size": 5, "base_resolution": 4}
+    assert field.encoding.inner.options == ({"otype": "HashGrid", "per_level_scale": 3.0} | grid,)
+    network = {"otype": "CutlassMLP", "activation": "ReLU", "output_activation": "Sigmoid"}
+    assert field.color_mlp.inner.options == (3, network | {"n_neurons": 48, "n_hidden_layers": 2})
+    cameras = make_cameras(1, 9, 7)
+    out = field.render(cameras)
+    assert out.rgb.shape == (1, 7, 9, 3) and out.rgb.dtype == torch.float32
+    out.rgb.sum().backward()
+    for parameter in field.parameters():
+        assert parameter.grad is not None and parameter.grad.isfinite().all()
+    again = HashField.from_tensors(field.tensors(), config)
+    assert torch.equal(again.render(cameras).rgb, out.rgb)
+    assert field.density(torch.zeros(0, 3)).shape == (0,)
