@@ -248,7 +248,9 @@ def _options(dims: Sequence[int], head: str) -> dict[str, Any]:
     if head not in ("none", "relu", "sigmoid", "softplus"):
         raise ValueError(f"output: expected none, relu, sigmoid or softplus, got {head!r}")
     options = {"DIMS": tuple(dims), "STARTS": _starts(dims)[:-1], "HEAD": head, "BLOCK": BLOCK}
-    return options | {"num_warps": 4}
+    return options | {
+        "num_warps": 4 if max(dims) <= 64 else 8
+    }  # rows of more columns do not fit into four warps' registers
 
 
 _HEADS: dict[str, Callable[[Tensor], Tensor]] = {
