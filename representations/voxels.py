@@ -85,7 +85,7 @@ class VoxelField(Field):
         side = self.voxel * self.config.finest / self.encoding.resolutions[0]
         if len(self.grid.density) > 1:
             offsets = uncontract(4 * unit)
-            sizes = side * offsets.square().sum(-1).clamp(min=1)  # the derivative of the distance beyond 1
+            sizes = side * offsets.norm(dim=-1).clamp(min=1)  # across the line to the center; along it they are longer
         else:
             offsets = 2 * unit
             sizes = offsets.new_full((len(offsets),), side)
