@@ -85,7 +85,8 @@ def main() -> None:
     except (OSError, ValueError) as error:
         parser.exit(1, f"error: {error}\n")
     height, width = picture.shape[:2]
-    config = EncodingConfig(log2_rows=options.log2_rows, finest=max(max(height, width) // 2, 16))
+    finest = max(max(height, width) // 2, 16)  # two pixels a cell
+    config = EncodingConfig(log2_rows=options.log2_rows, finest=finest, octaves=finest.bit_length() - 1)
     model = fit(picture, options.encoding, config, options.steps, options.batch)
     fitted = draw(model, height, width).clamp(0, 1)
     psnr = -10 * math.log10(float((fitted - picture).square().mean()))

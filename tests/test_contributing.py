@@ -22,7 +22,7 @@ PAGE = "CONTRIBUTING.md"
 
 
 def test_every_block_is_tried_here() -> None:
-    assert marked_blocks(PAGE) == {("python", "representation"), ("python", "encoding"), ("python", "format")}
+    assert marked_blocks(PAGE) == {("python", "representation"), ("python", "format")}
 
 
 CONFORMANCE = [name for name in vars(conformance) if name.startswith("test_") and "export" not in name]
@@ -51,17 +51,6 @@ def test_the_representation_starts_with_the_colours_of_the_points() -> None:
     xyz, rgb, aabb = conformance.make_points()
     scene = example.Dots.from_points(xyz, rgb, aabb, example.DotsConfig())
     torch.testing.assert_close(scene.sh0[:, 0] * C0 + 0.5, rgb)
-
-
-def test_the_encoding() -> None:
-    """The mean product of two codes is a Gaussian of the distance: what the random waves are for."""
-    torch.manual_seed(0)
-    encoding = run_example(PAGE, "encoding").Fourier(3, 20_000, 0.5)
-    x, y = torch.tensor([[0.3, 0.1, 0.7]]), torch.tensor([[0.5, 0.2, 0.4]])
-    assert encoding(x).shape == (1, encoding.out_dim)
-    likeness = (encoding(x) * encoding(y)).sum() / 20_000
-    wanted = np.exp(-0.5 * (2 * np.pi * 0.5) ** 2 * 0.14)  # the squared distance is 0.14
-    assert float(likeness) == pytest.approx(wanted, abs=0.02)
 
 
 def test_the_format(tmp_path: Path) -> None:
