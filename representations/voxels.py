@@ -139,11 +139,15 @@ class VoxelPyramid(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[S, 3] in the unit cube to [S, features]; see `Grid`."""
-        first, *finer = self.grids[: int(self.active)]
+        first, *finer = self.levels()[: int(self.active)]
         found = grid(x, first.table * self.shares[:, None], first.scales, first.starts, first.sides)
         for level in finer:
             found = found + level(x)
         return found
+
+    def levels(self) -> list[DenseGrid]:
+        """From the coarsest."""
+        return [level for level in self.grids if isinstance(level, DenseGrid)]
 
     def points(self) -> Tensor:
         """[rows, 3] where the voxels of the coarsest grid have their values, in the unit cube or half a voxel outside."""
