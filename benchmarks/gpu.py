@@ -1,6 +1,7 @@
-"""The rasterizer on a GPU, beside gsplat where it is installed; and with --train, whole trainings on it.
+"""The rasterizer on a GPU, beside gsplat where it is installed; with --fields, a field's step; with --train, whole trainings on it.
 
     python benchmarks/gpu.py [--sizes 100k 1M 5M] [--images 1280x720 1920x1080] [--runs 21] [--out results/gpu.json]
+    python benchmarks/gpu.py --fields [--rays 8192 65536] [--runs 21] [--out results/gpu_fields.json]
     python benchmarks/gpu.py --train [--data FOLDER] [--steps 7000 30000] [--out results/gpu_train.json]
 
 Ours and gsplat alternate, run by run, with the same Gaussians, camera and gradients of the picture; the ratio is the median
@@ -9,6 +10,9 @@ kernels counts. `plain` gives colour and alpha; `absgrad` also the absolute grad
 stages puts our kernels beside the card: the least bytes that a stage must read and write (each input and output once, each
 list entry's primitive once a tile), and the operations of the formulas for each pixel and list entry that it walks (blocks of
 pixels that a primitive misses are walked, too, on paper). --device cpu runs the same on the CPU, --tiny a scene for tests.
+--fields takes a training step of a hash field of the usual sizes, whose rays cross a hollow ball: samples, encoding, networks,
+compositing, and all gradients. Beside it the same field with nerfacc for the samples, with tiny-cuda-nn for grid and networks (in
+half precision), and with both, where these are installed; compositing and the pass that leaves out hidden samples are ours in all.
 FOLDER holds the captures; by default $PRISMFIELD_SHARED/data.
 """
 
@@ -24,7 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from importlib import metadata
 from pathlib import Path
@@ -36,10 +40,13 @@ from raster import Clock, our_run
 from scenes import SyntheticScene, make_scene
 
 from prismfield.render import kernels
+from prismfield.render.cameras import Cameras
 from prismfield.render.ops import bin as bin_op
 from prismfield.render.ops import composite as composite_op
 from prismfield.render.ops import project as project_op
 from prismfield.render.rasterize import rasterize_gaussians
+from prismfield.representations.config import FieldConfig
+from prismfield.representations.fields import HashField
 from prismfield.train.cli import choose_device, use_backend
 
 SIZES = {"tiny": 2000, "100k": 100_000, "1M": 1_000_000, "5M": 5_000_000}
@@ -54,6 +61,13 @@ TRAININGS = {
 """Name to the options of render-train."""
 CARDS = {"H200": (4.8e12, 67e12), "H100": (3.35e12, 67e12), "A100": (2.0e12, 19.5e12)}
 """Part of the name to bytes/s and float32 FLOP/s without tensor cores, of the makers' data sheets (SXM, 80 GB or more)."""
+FIELDS: dict[str, dict[str, str]] = {
+    "prismfield": {},
+    "nerfacc": {"sampler": "nerfacc"},
+    "tinycudann": {"networks": "tinycudann"},
+    "nerfacc + tinycudann": {"sampler": "nerfacc", "networks": "tinycudann"},
+}
+"""Contenders to the options of `FieldConfig`."""
 WARM_UP = 3
 FLOPS = {"forward": 20, "backward": 45}
 """Of one walked pair of pixel and list entry: exponent 10, exp 1, blending three channels 9; backward, the alpha again 11,
@@ -159,7 +173,7 @@ def alternate(contenders: dict[str, Callable[[], Measured]], runs: int, device: 
     result: dict[str, Any] = {}
     for name, measured in rows.items():
         result[name] = {stage: round(statistics.median(m[stage] for m in measured), 4) for stage in measured[0]}
-        if name == "gsplat":
+        if name not in ("prismfield", "reference"):
             pairs = zip(measured, rows["prismfield"], strict=True)
             result[name]["total_over_ours"] = round(statistics.median(a["total"] / b["total"] for a, b in pairs), 3)
         if name in memory:
@@ -251,6 +265,58 @@ def measure(size: str, image: str, options: argparse.Namespace, device: torch.de
     return result
 
 
+def make_field(tiny: bool, options: dict[str, str], device: torch.device) -> HashField:
+    """A field that has learned nothing, in which a hollow ball is occupied."""
+    small: dict[str, Any] = {"levels": 4, "log2_rows": 8, "finest": 64, "occupancy": 16, "steps": 32} if tiny else {}
+    torch.manual_seed(0)
+    box = torch.tensor([[-1.0, -1.0, -1.0], [1.0, 1.0, 1.0]])
+    field = HashField(box, False, FieldConfig(**small, **options)).to(device)  # type: ignore[arg-type]
+    distance = field.grid.centers().norm(dim=-1)
+    field.grid.set_occupied((distance > 0.5) & (distance < 0.7))
+    return field
+
+
+def field_step(
+    field: HashField, cameras: Cameras, pixels: torch.Tensor, upstream: torch.Tensor, clock: Any
+) -> Measured:
+    """Forward and backward as a step of training runs them."""
+    field.zero_grad(set_to_none=True)
+    timer = clock()
+    out = field.render(cameras, pixels)
+    timer.lap("forward")
+    torch.autograd.backward([out.rgb], [upstream])
+    timer.lap("backward")
+    return timer.stages
+
+
+def measure_fields(rays: int, options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+    """A training step of all contenders that can run here."""
+    cameras = make_scene(SIZES["tiny"], 640, 480).cameras
+    back = torch.eye(4)
+    back[2, 3] = 2.5  # from the middle of the ball
+    cameras = replace(cameras, viewmats=back[None]).to(device)
+    generator = torch.Generator().manual_seed(1)
+    columns, rows = (torch.randint(size, (rays,), generator=generator) for size in (640, 480))
+    pixels = torch.stack([torch.zeros_like(rows), columns, rows], -1).to(device)
+    upstream = torch.randn(rays, 3, generator=generator).to(device)
+    clock = EventClock if device.type == "cuda" else Clock
+    contenders, samples = {}, {}
+    for name, words in FIELDS.items():
+        try:
+            field = make_field(options.tiny, words, device)
+            samples[name] = field.render(cameras, pixels).samples
+        except ValueError as error:
+            print(f"without {name}: {error}", file=sys.stderr)
+            continue
+        contenders[name] = partial(field_step, field, cameras, pixels, upstream, clock)
+    result = alternate(contenders, options.runs, device)
+    for name, row in result.items():
+        row |= {"samples": samples[name], "msamples_per_s": round(samples[name] / row["total"] / 1e3, 3)}
+        text = "  ".join(f"{key} {value}" for key, value in row.items())
+        print(f"{rays} rays {name:20s} {text}", flush=True)
+    return result
+
+
 def has_gsplat(device: torch.device) -> bool:
     """Whether gsplat can run here."""
     if device.type != "cuda":
@@ -267,7 +333,7 @@ def has_gsplat(device: torch.device) -> bool:
 
 def machine(device: torch.device, computed_by: str) -> dict[str, Any]:
     """What the numbers were measured on, its clocks included."""
-    names = ("torch", "triton", "gsplat", "prismfield")
+    names = ("torch", "triton", "gsplat", "nerfacc", "tinycudann", "prismfield")
     versions = {name: _version(name) for name in names} | {"python": platform.python_version()}
     described = {
         "computed_by": computed_by,
@@ -318,6 +384,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--images", nargs="+", default=["1280x720", "1920x1080"], metavar="WIDTHxHEIGHT")
     parser.add_argument("--runs", type=int, default=21)
     parser.add_argument("--reference", action="store_true", help="plain PyTorch, too: minutes a run")
+    parser.add_argument("--fields", action="store_true", help="a field's training step instead of the rasterizer")
+    parser.add_argument("--rays", nargs="+", type=int, default=[8192, 65536])
     parser.add_argument("--train", action="store_true", help="whole trainings instead of the rasterizer")
     parser.add_argument("--only", nargs="+", choices=list(TRAININGS), default=list(TRAININGS))
     parser.add_argument("--steps", nargs="+", type=int, default=[7000, 30000])
@@ -327,6 +395,7 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     if options.tiny:
         options.sizes, options.images, options.runs = ["tiny"], ["97x63"], min(options.runs, 3)
+        options.rays = [64]
         options.only, options.steps = ["garden"], [min(step, 20) for step in options.steps[:1]]
     return options
 
@@ -352,6 +421,10 @@ def main() -> None:
     print(json.dumps(results["machine"]))
     if options.train:
         train_all(options, device, save)
+        return
+    if options.fields:
+        for rays in options.rays:
+            save({f"{rays}_rays": measure_fields(rays, options, device)})
         return
     for size in options.sizes:
         for image in options.images:

@@ -203,6 +203,18 @@ def test_the_benchmark_runs_from_end_to_end(tmp_path: Path) -> None:
     assert len(scene["stages"]) == 7 and all(row["gigabytes_per_s"] > 0 for row in scene["stages"].values())
 
 
+def test_the_benchmark_of_fields(tmp_path: Path) -> None:
+    """Peers that are not here are named in one line each."""
+    done = benchmark("--device", "cpu", "--tiny", "--fields", "--out", tmp_path / "out.json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "out.json").read_text())["64_rays"]
+    assert set(rows) == {"prismfield"}
+    row = rows["prismfield"]
+    assert 0 < row["forward"] < row["total"] and 0 < row["backward"] < row["total"] and row["samples"] > 64
+    assert re.search(r"^without nerfacc: sampler nerfacc: needs a CUDA device", done.stderr, re.MULTILINE)
+    assert re.search(r"^without tinycudann: networks tinycudann: ", done.stderr, re.MULTILINE)
+
+
 def test_the_benchmark_trains(tmp_path: Path) -> None:
     done = benchmark("--device", "cpu", "--tiny", "--train", "--out", tmp_path / "out.json")
     assert done.returncode == 0, done.stderr
