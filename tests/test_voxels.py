@@ -44,11 +44,14 @@ def look(position: tuple[float, float, float], width: int = 46, height: int = 33
 @pytest.mark.parametrize("alpha", [1e-6, 0.02])
 def test_each_voxel_on_the_way_starts_with_the_same_opacity(alpha: float) -> None:
     """Equation 9: what is left behind N voxels is (1 - alpha)^N."""
+    large = VoxelField.from_points(*EMPTY[:2], 3 * BOX, replace(make_field().config, init_alpha=alpha))
     field = make_field(init_alpha=alpha)
     for level in field.encoding.grids:
         nn.init.zeros_(level.table)
     sigmas = field.density(BOX[0] + (BOX[1] - BOX[0]) * torch.rand(50, 3))
     torch.testing.assert_close(sigmas, torch.full((50,), -math.log1p(-alpha) / (2.0 / 16)), rtol=1e-4, atol=0)
+    # As many voxels in a larger box are larger
+    torch.testing.assert_close(large.density(torch.zeros(1, 3)), sigmas[:1] / 3, rtol=2e-3, atol=0)
     if alpha > 1e-3:
         out = field.render(look((0.0, 0.0, -3.0)), torch.tensor([[0, 20, 18]]))
         ray = torch.tensor([20.5 - 21, 0.0, 1.0]) / torch.tensor([40.0, 1, 1])
