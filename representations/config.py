@@ -110,7 +110,7 @@ class VoxelConfig(FieldConfig):
     """What `lr` decays to, exponentially, over the training."""
     network_lr: float = 5e-3
     """Of the colour network; decays as `lr` does."""
-    init_alpha: float = 1e-3
+    init_alpha: float = 1e-2
     """Opacity of a finest voxel at first, in (0, 1)."""
     growth: float = 0.15
     """Share of the training over which the finer grids come in one after the other; 0: all are there from the start."""
