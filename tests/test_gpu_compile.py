@@ -91,12 +91,12 @@ def run_grid(device: torch.device) -> None:
 
 
 def run_mlp(device: torch.device) -> None:
-    """The networks of a field, and the widest."""
+    """The networks of a field, and the widest that are fused."""
     forms: list[tuple[list[int], Head, bool]] = [
         ([32, 64, 16], "none", True),
         ([31, 64, 64, 3], "sigmoid", True),
-        ([3, 128, 1], "softplus", True),
-        ([128, 128, 16], "relu", False),
+        ([32, 128, 16], "softplus", True),
+        ([64, 64, 64], "relu", False),
     ]
     for dims, head, input_gradient in forms:
         weights = torch.rand(sum(a * b for a, b in itertools.pairwise(dims)), device=device, requires_grad=True)

@@ -13,8 +13,10 @@ from prismfield.encodings.mlp import mlp, mlp_reference
 from .raster_fixtures import assert_rows_close, cotangents
 from .test_mlp import HEADS, is_certain, make_inputs
 
-WIDTHS = [[1, 1], [3, 2], [32, 64, 16], [31, 64, 64, 3], [19, 128, 5], [16, 16, 16, 16], [5, 7, 9, 33], [5, 7, 9, 130]]
-"""The last is wider than the kernels'."""
+WIDTHS = [
+    *([1, 1], [3, 2], [32, 64, 16], [31, 64, 64, 3], [19, 128, 5], [16, 16, 16, 16], [5, 7, 9, 33]),
+    *([5, 7, 9, 130], [9, 128, 128, 5]),  # left to PyTorch
+]
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
@@ -91,13 +93,22 @@ def test_large_and_impossible_values(head: str, width: int, triton_device: torch
 def test_gradients_that_are_not_wanted(width: int, triton_device: torch.device) -> None:
     dims, found = [4, width, 3], []
     for wanted in ((True, True), (True, False), (False, True)):
-        leaves = [t.to(triton_device).requires_grad_(want) for t, want in zip(make_inputs(9, dims), wanted, strict=True)]
+        leaves = [
+            t.to(triton_device).requires_grad_(want) for t, want in zip(make_inputs(9, dims), wanted, strict=True)
+        ]
         out = mlp(*leaves, dims)
         out.backward(torch.ones_like(out))
         found.append([t.grad for t in leaves])
     assert found[1][1] is None and found[2][0] is None
     assert torch.equal(found[0][0], found[1][0])  # type: ignore[arg-type]
     assert torch.equal(found[0][1], found[2][1])  # type: ignore[arg-type]
+
+
+def test_what_is_fused(triton_device: torch.device) -> None:
+    from prismfield.encodings.gpu.mlp import is_fused
+
+    assert [is_fused(dims) for dims in WIDTHS] == [True] * 7 + [False] * 2
+    assert not is_fused([64, 65]) and not is_fused([128, 33])
 
 
 def test_an_unknown_head(triton_device: torch.device) -> None:

@@ -29,8 +29,9 @@ PROGRAMS = 256
 """That share the rows where gradients of weights are summed."""
 TILE, TILE_ROWS = 64, 32
 """Inputs and outputs of a layer whose weights a program takes then, and rows that it takes at once."""
-WIDEST = 128
-"""Wider layers are a matter of plain matrix products, which PyTorch has."""
+MOST_PAIRS = 4
+"""Of a layer's blocks of inputs and of outputs, as 64 times 64 or 32 times 128 has: more do not fit into the registers of sm_80
+and sm_90. Such layers are a matter of plain matrix products, which PyTorch has."""
 CHUNK = 32
 """Columns of the blocks that activations and weights are divided into: what one product needs fits into registers."""
 _CHUNK = tl.constexpr(CHUNK)
@@ -90,16 +91,22 @@ def _zeros(ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 @triton.jit
 def _layer(rows, weights, IN: tl.constexpr, OUT: tl.constexpr, RELU: tl.constexpr, BLOCK: tl.constexpr):
-    """Rows through a layer, both tuples of blocks of columns."""
+    """Rows through a layer, both tuples of blocks of columns.
+
+    Each block of inputs goes into all outputs at once: the other way round, all blocks' three parts would be kept in registers.
+    """
+    sums = ()
+    for j in tl.static_range(_blocks(OUT)):
+        sums += (_zeros(BLOCK, _columns(OUT, j)),)
+    for k in tl.static_range(_blocks(IN)):
+        more = ()
+        for j in tl.static_range(_blocks(OUT)):
+            matrix = _load_block(weights, _outputs(j, OUT), OUT, k, IN)
+            more += (tl.dot(rows[k], tl.trans(matrix), sums[j], input_precision=_PRECISION),)
+        sums = more
     results = ()
     for j in tl.static_range(_blocks(OUT)):
-        result = _zeros(BLOCK, _columns(OUT, j))
-        for k in tl.static_range(_blocks(IN)):
-            matrix = _load_block(weights, _outputs(j, OUT), OUT, k, IN)
-            result = tl.dot(rows[k], tl.trans(matrix), result, input_precision=_PRECISION)
-        if RELU:
-            result = tl.where(result <= 0, 0.0, result)  # NaN stays
-        results += (result,)
+        results += (tl.where(sums[j] <= 0, 0.0, sums[j]) if RELU else sums[j],)  # NaN stays
     return results
 
 
@@ -108,11 +115,13 @@ def _layer_vjp(v, weights, IN: tl.constexpr, OUT: tl.constexpr, BLOCK: tl.conste
     """Gradient of a layer's inputs from that of what it gives."""
     results = ()
     for k in tl.static_range(_blocks(IN)):
-        result = _zeros(BLOCK, _columns(IN, k))
-        for j in tl.static_range(_blocks(OUT)):
+        results += (_zeros(BLOCK, _columns(IN, k)),)
+    for j in tl.static_range(_blocks(OUT)):
+        more = ()
+        for k in tl.static_range(_blocks(IN)):
             matrix = _load_block(weights, _outputs(j, OUT), OUT, k, IN)
-            result = tl.dot(v[j], matrix, result, input_precision=_PRECISION)
-        results += (result,)
+            more += (tl.dot(v[j], matrix, results[k], input_precision=_PRECISION),)
+        results = more
     return results
 
 
@@ -301,9 +310,14 @@ def _starts(dims: Sequence[int]) -> tuple[int, ...]:
     return (0, *itertools.accumulate(a * b for a, b in itertools.pairwise(dims)))
 
 
+def is_fused(dims: Sequence[int]) -> bool:
+    """Whether our kernel takes layers of these widths."""
+    return all(cdiv(a, CHUNK) * cdiv(b, CHUNK) <= MOST_PAIRS for a, b in itertools.pairwise(dims))
+
+
 def mlp_forward(x: Tensor, weights: Tensor, dims: Sequence[int], head: str, out: Tensor) -> None:
     """As `mlp_forward` of the compiled kernels: `out` [S, dims[-1]] from what `mlp` takes."""
-    if max(dims) > WIDEST:
+    if not is_fused(dims):
         out.copy_(_HEADS[head](_wide_layers(x, weights, dims)[-1]))
         return
     launch(_mlp_forward_kernel, (cdiv(len(x), BLOCK),), x, weights, out, len(x), **_options(dims, head))
@@ -313,7 +327,7 @@ def mlp_backward(
     x: Tensor, weights: Tensor, dims: Sequence[int], head: str, v_out: Tensor, v_x: Tensor, v_weights: Tensor
 ) -> None:
     """As `mlp_backward` of the compiled kernels: fills `v_weights`, and `v_x` if it is not empty. The same in each run."""
-    if max(dims) > WIDEST:
+    if not is_fused(dims):
         _wide_backward(x, weights, dims, head, v_out, v_x, v_weights)
         return
     parts = cdiv(len(x), ROWS)
