@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -147,7 +147,7 @@ class OccupancyGrid(nn.Module):
         if self.sampler == "nerfacc":
             # Its first step is never shorter: it begins later instead
             t_range = torch.stack([t_range[:, 0] + step * jitter, t_range[:, 1]], -1)
-            sizes = {"step": step, "cone": cone, "max_samples": max_samples}
+            sizes: dict[str, Any] = {"step": step, "cone": cone, "max_samples": max_samples}
             return Samples(*backends.sample_with_nerfacc((origins, dirs), t_range, self.occupied, self.aabb, **sizes))
         return Samples(
             *march_occupancy(

@@ -115,5 +115,5 @@ def test_an_unknown_head(triton_device: torch.device) -> None:
     from prismfield.encodings.gpu.mlp import mlp_forward
 
     x, weights = (t.to(triton_device) for t in make_inputs(2, [4, 3]))
-    with pytest.raises(ValueError, match="^output: expected none, relu, sigmoid or softplus, got 'tanh'"):
+    with pytest.raises(ValueError, match=r"^output: expected none, relu, sigmoid or softplus, got 'tanh'"):
         mlp_forward(x, weights, [4, 3], "tanh", x.new_empty(2, 3))
