@@ -116,7 +116,6 @@ def time_field(count: int, runs: int, bounds: Times) -> dict[str, Any]:
     report: dict[str, Any] = {}
     for where, x in {"random": torch.rand(count, 3), "rays": along_rays(count)}.items():
         parts = Parts(x, encoding)
-        few = Parts(x[: count // 8].contiguous(), encoding)
         times = measure(
             {
                 "grid": lambda parts=parts: parts.encode(grid),
@@ -127,13 +126,13 @@ def time_field(count: int, runs: int, bounds: Times) -> dict[str, Any]:
         )
         slow = measure(
             {
-                "grid, PyTorch": lambda few=few: few.encode(grid_reference),
-                "networks, PyTorch": lambda few=few: few.decode(mlp_reference),
-                "together, PyTorch": lambda few=few: few.together(grid_reference, mlp_reference),
+                "grid, PyTorch": lambda parts=parts: parts.encode(grid_reference),
+                "networks, PyTorch": lambda parts=parts: parts.decode(mlp_reference),
+                "together, PyTorch": lambda parts=parts: parts.together(grid_reference, mlp_reference),
             },
             max(runs // 3, 1),
         )
-        times |= {name: 8 * value for name, value in slow.items()}
+        times |= slow
         rates = {name: round(count / value / 1e3, 3) for name, value in times.items()}
         report[where] = {"milliseconds": times, "million_samples_per_second": rates}
     report["work"] = count_work(count, encoding)
@@ -285,15 +284,12 @@ def show(result: dict[str, Any]) -> None:
     for where in ("random", "rays"):
         shares = result["field"][where]["share_of_bound"].items()
         console.print(f"{where}: " + ", ".join(f"{name} {value:.0%}" for name, value in shares))
-    cells = Table(
-        "D, positions", *[f"{p} {c}" for p in ("forward", "backward", "step") for c in ("cubes", "simplices", "saved")]
-    )
+    cells = Table("D, positions", *(f"{name}: cubes, simplices" for name in ("forward", "backward", "step")))
     for where, times in result["cells"].items():
-        row = []
-        for name in ("forward", "backward", "step"):
-            row += [f"{times[f'{name} {kind}']:.1f}" for kind in ("cubes", "simplices")] + [
-                f"{times[f'{name}, saved']:.0%}"
-            ]
+        row = [
+            f"{times[f'{name} cubes']:.1f} {times[f'{name} simplices']:.1f} ({-times[f'{name}, saved']:+.0%})"
+            for name in ("forward", "backward", "step")
+        ]
         cells.add_row(where, *row)
     cells.title = "milliseconds"
     console.print(cells)

@@ -78,9 +78,15 @@ def _dense(dims: int, config: EncodingConfig) -> Encoding:
 
 def _planes(dims: int, config: EncodingConfig) -> Encoding:
     """A quarter of the levels, with four times the features."""
-    sizes = {"levels": max(config.levels // 4, 1), "features": min(4 * config.features, 8)}
-    rows = {"log2_rows": config.log2_rows, "coarsest": config.coarsest, "finest": config.finest}
-    return Planes(dims, **sizes, **rows, half=config.half)
+    return Planes(
+        dims,
+        levels=max(config.levels // 4, 1),
+        features=min(4 * config.features, 8),
+        log2_rows=config.log2_rows,
+        coarsest=config.coarsest,
+        finest=config.finest,
+        half=config.half,
+    )
 
 
 def _harmonics(dims: int, config: EncodingConfig) -> Encoding:

@@ -74,7 +74,7 @@ class Planes(nn.Module):
         )
         self.out_dim = levels * features
         if combine == "product":
-            for plane in self.planes:
+            for plane in self.grids():
                 nn.init.uniform_(plane.table, 0.1, 0.5)  # products of tiny numbers would hardly learn
 
     def forward(self, x: Tensor) -> Tensor:
@@ -91,8 +91,12 @@ class Planes(nn.Module):
             ValueError: the last axis is not `in_dim`.
         """
         check_points(x, self.in_dim)
-        found = [plane(x[..., axes]) for plane, axes in zip(self.planes, self.axes, strict=True)]
+        found = [plane(x[..., axes]) for plane, axes in zip(self.grids(), self.axes, strict=True)]
         return math.prod(found[1:], start=found[0]) if self.combine == "product" else sum(found[1:], start=found[0])
+
+    def grids(self) -> list[Grid]:
+        """That of each plane, in the order of `axes`."""
+        return [plane for plane in self.planes if isinstance(plane, Grid)]
 
     def total_variation(self) -> Tensor:
         """[] mean over planes, levels and points of the squared distance to the two neighbours' features (K-Planes, eq. 2).
@@ -101,7 +105,7 @@ class Planes(nn.Module):
             ValueError: a level is hashed: its points have no neighbours.
         """
         terms = []
-        for plane in self.planes:
+        for plane in self.grids():
             ranges = zip(plane.starts.tolist(), plane.starts[1:].tolist(), plane.sides.tolist(), strict=False)
             for start, end, side in ranges:
                 if not side:
