@@ -149,9 +149,8 @@ class DenseGrid(Grid):
             raise ValueError(
                 f"resolution: expected 3 or more and at most 2^26 points, got {resolution} in {in_dim} axes"
             )
-        cells = resolution - 2
-        options = {"coarsest": cells, "finest": cells, "log2_rows": 26}
-        super().__init__(in_dim, levels=1, features=features, half=half, **options)
+        side = resolution - 2
+        super().__init__(in_dim, levels=1, features=features, log2_rows=26, coarsest=side, finest=side, half=half)
 
 
 def grid(
@@ -336,7 +335,8 @@ def _backward(ctx, v_out):
     to_x, to_table, *_ = ctx.needs_input_grad
     *tensors, rounded = ctx.saved_tensors
     if torch.is_grad_enabled():  # with create_graph: the gradient's own gradient comes from the reference
-        found = grid_reference(*tensors, *ctx.options, rounded)
+        inputs = (*tensors, *ctx.options, rounded)
+        found = grid_reference(*inputs)
         leaves = [leaf for leaf, wanted in zip(tensors, (to_x, to_table), strict=False) if wanted]
         gradients = iter(torch.autograd.grad(found, leaves, v_out, create_graph=True, materialize_grads=True))
         return next(gradients) if to_x else None, next(gradients) if to_table else None, *[None] * 6
