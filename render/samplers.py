@@ -270,6 +270,7 @@ def proposal_samples(
     *,
     generator: torch.Generator | None = None,
     spacing: Spacing = "disparity",
+    unit: float = 0.0,
     anneal: float = 1.0,
 ) -> tuple[Samples, list[Histogram]]:
     """Pieces of each ray where proposals found weight, finer from one to the next.
@@ -280,12 +281,13 @@ def proposal_samples(
     Args:
         origins: [R, 3] world units.
         dirs: [R, 3] of unit length.
-        near: float or [R], world units, above 0 for "disparity".
+        near: float or [R], world units; above 0 for "disparity" unless `unit` is.
         far: float or [R].
         proposals: positions [P, 3] to densities [P] per world unit.
         counts: pieces for each proposal, and for the field.
         generator: moves the edges at random; None leaves them.
         spacing: evenly in what the first pieces are, and in what an edge's place is measured.
+        unit: world units that are added to distances before their inverse is taken: nearer than this, "disparity" is nearly linear.
         anneal: power of the weights, from 0 (none counts) at the start of the training to 1 (supplement, section A).
 
     Returns:
@@ -303,7 +305,7 @@ def proposal_samples(
     edges = edges.expand(len(origins), -1) if shift is None else _stratify(edges, shift)
     histograms = []
     for proposal, count in zip(proposals, counts[1:], strict=True):
-        t = _distances(edges, t_range, spacing)
+        t = _distances(edges, t_range, spacing, unit)
         pieces = _pack(t)
         sigmas = proposal(pieces.points(origins, dirs)[0]).reshape(-1)
         nothing = sigmas.new_empty(len(sigmas), 0)
@@ -312,7 +314,7 @@ def proposal_samples(
         histograms.append(Histogram(t, weights))
         shift = _random(len(origins), count + 1, generator, origins)
         edges = resample(edges, weights.detach() ** anneal, count, shift)
-    return _pack(_distances(edges, t_range, spacing)), histograms
+    return _pack(_distances(edges, t_range, spacing, unit)), histograms
 
 
 @torch.no_grad()
@@ -396,7 +398,7 @@ def _range(near: float | Tensor, far: float | Tensor, origins: Tensor) -> Tensor
 def _random(rays: int, count: int, generator: torch.Generator | None, like: Tensor) -> Tensor | None:
     if generator is None:
         return None
-    return torch.rand(rays, count, generator=generator, device=like.device, dtype=like.dtype)
+    return torch.rand(rays, count, generator=generator, device=generator.device, dtype=like.dtype).to(like.device)
 
 
 def _stratify(edges: Tensor, jitter: Tensor) -> Tensor:
@@ -407,18 +409,18 @@ def _stratify(edges: Tensor, jitter: Tensor) -> Tensor:
     return torch.cat([edges[:1].expand(len(jitter), 1), moved[:, 1:-1], edges[-1:].expand(len(jitter), 1)], -1)
 
 
-def _distances(edges: Tensor, t_range: Tensor, spacing: Spacing) -> Tensor:
+def _distances(edges: Tensor, t_range: Tensor, spacing: Spacing, unit: float = 0.0) -> Tensor:
     """World distances of `edges` [R, K + 1] in 0..1; near and far themselves at the ends. No ray runs backwards."""
     near, far = t_range[:, :1], t_range[:, 1:].maximum(t_range[:, :1])
     if spacing == "linear":
         return torch.lerp(near, far, edges)
     if spacing != "disparity":
         raise ValueError(f"spacing: expected linear or disparity, got {spacing!r}")
-    if bool((near <= 0).any()):
+    if bool((near + unit <= 0).any()):
         raise ValueError(
             f"near: expected more than 0 for samples evenly spaced in disparity, got {near.min().item():.3g}"
         )
-    between = 1 / torch.lerp(1 / near, 1 / far, edges)
+    between = 1 / torch.lerp(1 / (near + unit), 1 / (far + unit), edges) - unit
     return torch.cat([near, between[:, 1:-1], far], -1)
 
 

@@ -62,10 +62,14 @@ class FieldConfig:
     """Of the finest."""
     half: bool = False
     """Features are read in half precision; they are stored and updated in single precision."""
-    width: int = 64
+    width: int = 32
     """Of the networks' hidden layers."""
-    sampler: Literal["auto", "nerfacc"] = "auto"
-    """Who finds the samples along rays: our own kernels, or an installed nerfacc, on CUDA."""
+    sampler: Literal["auto", "occupancy", "proposals", "nerfacc"] = "auto"
+    """Where samples lie along rays. "occupancy": in cells of a grid that are not empty. "nerfacc": the same by an installed
+    nerfacc, on CUDA. "proposals": where small grids that learn with the field find something. "auto": occupancy with "box",
+    proposals with "space"."""
+    proposals: tuple[int, int, int] = (64, 48, 32)
+    """Pieces of a ray that two proposals look at, one after the other, and samples; with proposals."""
     networks: Literal["auto", "tinycudann"] = "auto"
     """Who computes grid and networks: our own kernels, or an installed tiny-cuda-nn, on CUDA; only with "hash"."""
     extent: Literal["auto", "box", "space"] = "auto"
@@ -74,7 +78,8 @@ class FieldConfig:
     near: float = 0.1
     """Nothing is nearer to a camera than this, in distances of the camera from the centre; with "space"."""
     occupancy: int = 128
-    """Cells along the longest side of the bounds, of the grid that says where there is something; a multiple of 16."""
+    """Cells along the longest side of the bounds, of the grid that says where there is something; a multiple of 16. This
+    and the three below are for occupancy."""
     nests: int = 5
     """How many such grids around each other, each twice as large; with "space"."""
     steps: int = 512
@@ -85,8 +90,8 @@ class FieldConfig:
     """Weight of the distortion loss, which gathers the light of a ray in one place (Mip-NeRF 360, arXiv:2111.12077)."""
     variation: float = 0.0
     """Weight of the total variation of features on planes; only with "triplane"."""
-    lr: float = 1e-2
-    lr_final: float = 5e-4
+    lr: float = 2e-2
+    lr_final: float = 1e-3
     """What `lr` decays to, exponentially, over the training."""
 
 

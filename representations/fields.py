@@ -17,17 +17,18 @@ from prismfield.render.cameras import Cameras
 from prismfield.render.checks import check_shapes
 from prismfield.render.contraction import contract
 from prismfield.render.march import Marched, march, trace
-from prismfield.render.ops.march import composite_samples, distortion_loss
+from prismfield.render.ops.march import BLOCK, composite_samples, distortion_loss
 from prismfield.render.ops.sh import sh_basis
 from prismfield.render.output import RenderOutput
-from prismfield.render.samplers import CHUNK, OccupancyGrid, Samples
+from prismfield.render.samplers import CHUNK, Histogram, OccupancyGrid, Samples, interlevel_loss
 from prismfield.representations.config import FieldConfig
+from prismfield.representations.proposals import Proposals
 
 _FEATURES = 16  # that the density network hands to the colour network, Instant NGP, section 5.3
 _SH_DEGREE = 3  # of the direction's code, 16 values
 _MOST_SAMPLES = 1024  # of a ray, Instant NGP, appendix E.1
 _RAYS = 8192  # drawn at once
-_FAR = 1e10
+_FAR = 1e5  # scene units
 _MOST_EXPONENT = 15.0  # beyond which gradients do not grow
 
 
@@ -58,8 +59,12 @@ class Field(nn.Module, ABC):
         """
         super().__init__()
         self.config, self.jitter = config, None
-        self.grid = OccupancyGrid(aabb, config.occupancy, config.nests if unbounded else 1)
-        self.grid.sampler = config.sampler
+        sampler = config.sampler if config.sampler != "auto" else "proposals" if unbounded else "occupancy"
+        proposes = sampler == "proposals"
+        self.grid = OccupancyGrid(aabb, BLOCK * 4 if proposes else config.occupancy, config.nests if unbounded else 1)
+        self.grid.sampler = "nerfacc" if sampler == "nerfacc" else "auto"
+        self.proposals = Proposals(len(config.proposals) - 1) if proposes else None
+        self.is_unbounded = unbounded
         self.register_buffer("unbounded", torch.tensor(unbounded))
         size = self.grid.aabb[1] - self.grid.aabb[0]
         self.radius = 0.5 * float(size.max())
@@ -87,11 +92,15 @@ class Field(nn.Module, ABC):
         if not self.config.distortion:
             return {}
         assert marched.weights is not None
-        spread = distortion_loss(marched.weights, samples.t_starts, samples.t_ends, samples.packed_info)
-        return {"distortion": self.config.distortion / self.radius * spread.mean()}
+        t = (samples.t_starts / self.radius, samples.t_ends / self.radius)
+        if self.is_unbounded:  # far things count for less, as in the paper's normalized distances
+            t = (t[0] / (t[0] + 1), t[1] / (t[1] + 1))
+        return {"distortion": self.config.distortion * distortion_loss(marched.weights, *t, samples.packed_info).mean()}
 
     def advance(self, progress: float) -> None:
         """Take note of the share of the training that is done, 0 to 1; called after each step."""
+        if self.proposals is not None:
+            self.proposals.progress.fill_(progress)
 
     @classmethod
     def from_points(cls, xyz: Tensor, rgb: Tensor, aabb: Tensor, config: FieldConfig) -> Self:
@@ -158,15 +167,15 @@ class Field(nn.Module, ABC):
         origins, dirs = cameras.rays(wanted)
         cosines = (cameras.viewmats[:, 2, :3].index_select(0, wanted[:, 0]) * dirs).sum(-1)
         behind = background[wanted[:, 0]] if background is not None else None
-        parts, samples, penalties = [], 0, None
+        parts, samples, penalties = [], 0, {}
         # A step's pixels come at once, as their number suits it.
         size = _RAYS if pixels is None or not learns else max(len(wanted), 1)
         for start in range(0, max(len(wanted), 1), size):
             part = slice(start, start + size)
             rays = (origins[part], dirs[part], None if behind is None else behind[part], extras, cosines[part])
             if learns:
-                marched, drawn = self._march(*rays)
-                samples, penalties = samples + len(drawn), self.penalties(marched, drawn)
+                marched, drawn, penalties = self._march(*rays)
+                samples += len(drawn)
             else:
                 marched = self._trace(*rays)
             parts.append(marched)
@@ -177,23 +186,53 @@ class Field(nn.Module, ABC):
         for name in channels:
             values = torch.cat([getattr(part, name) for part in parts])
             channels[name] = values.view(*shape, *values.shape[1:])
-        return RenderOutput(**channels, samples=samples if learns else None, penalties=penalties or {})
+        return RenderOutput(**channels, samples=samples if learns else None, penalties=penalties)
 
     def _march(
         self, origins: Tensor, dirs: Tensor, background: Tensor | None, extras: Collection[str], cosines: Tensor
-    ) -> tuple[Marched, Samples]:
-        """With gradients, of all samples that light reaches; and these."""
-        shift = None if self.jitter is None else torch.rand(len(origins), generator=self.jitter).to(origins)
-        near, step, cone = self._steps()
-        rays = (origins.detach(), dirs.detach())
-        samples = self.grid.sample(*rays, near, _FAR, step, max_samples=_MOST_SAMPLES, jitter=shift, cone=cone)
-        samples = self._lit(samples, *rays)
+    ) -> tuple[Marched, Samples, dict[str, Tensor]]:
+        """With gradients, of all samples that light reaches; these, and the penalties for them."""
+        samples, histograms = self._find(origins.detach(), dirs.detach())
         codes = sh_basis(dirs, _SH_DEGREE)  # of rays: they are fewer than the samples
 
         def query(xyz: Tensor, _dirs: Tensor) -> tuple[Tensor, Tensor]:
             return self._query(xyz, codes.index_select(0, samples.ray_indices))
 
-        return march(samples, origins, dirs, query, background, extras, cosines=cosines), samples
+        marched = march(samples, origins, dirs, query, background, extras, cosines=cosines)
+        penalties = self.penalties(marched, samples)
+        if histograms:
+            assert marched.weights is not None
+            penalties["proposals"] = interlevel_loss(histograms, samples, marched.weights)
+        return marched, samples, penalties
+
+    def _find(self, origins: Tensor, dirs: Tensor) -> tuple[Samples, list[Histogram]]:
+        """A step's samples; and what the proposals saw, if these were asked."""
+        if self.proposals is not None:
+            return self._propose(origins, dirs, self.jitter)
+        shift = None if self.jitter is None else torch.rand(len(origins), generator=self.jitter).to(origins)
+        near, step, cone = self._steps()
+        samples = self.grid.sample(origins, dirs, near, _FAR, step, max_samples=_MOST_SAMPLES, jitter=shift, cone=cone)
+        return self._lit(samples, origins, dirs), []
+
+    def _propose(
+        self, origins: Tensor, dirs: Tensor, generator: torch.Generator | None
+    ) -> tuple[Samples, list[Histogram]]:
+        assert self.proposals is not None
+        far = (
+            _FAR
+            if self.is_unbounded
+            else float((origins - self.grid.aabb.mean(0)).norm(dim=-1).max()) + 2 * self.radius
+        )
+        return self.proposals.sample(
+            origins,
+            dirs,
+            self._proposed,
+            near=self.config.near if self.is_unbounded else 0.0,
+            far=far,
+            counts=self.config.proposals,
+            unit=self.radius,
+            generator=generator,
+        )
 
     @torch.no_grad()
     def _lit(self, samples: Samples, origins: Tensor, dirs: Tensor) -> Samples:
@@ -211,13 +250,16 @@ class Field(nn.Module, ABC):
         self, origins: Tensor, dirs: Tensor, background: Tensor | None, extras: Collection[str], cosines: Tensor
     ) -> Marched:
         """The same picture without gradients, of no more samples than it takes."""
+        if self.proposals is not None:
+            samples, _ = self._propose(origins, dirs, None)
+            return march(samples, origins, dirs, self.query, background, extras, cosines=cosines)
         near, step, cone = self._steps()
         options: dict[str, Any] = {"near": near, "far": _FAR, "step": step, "cone": cone, "cosines": cosines}
         return trace(self.grid, origins, dirs, self.query, background, extras, **options)
 
     def _steps(self) -> tuple[float, float, float]:
         """Near plane, least step and growth of the steps."""
-        if self.grid.density.shape[0] > 1:
+        if self.is_unbounded:
             return self.config.near, self.step, self.config.cone
         return 0.0, self.step, 0.0
 
@@ -227,14 +269,20 @@ class Field(nn.Module, ABC):
 
     def _decode(self, xyz: Tensor) -> tuple[Tensor, Tensor]:
         """Densities [S] and what the colour network gets."""
+        sigmas, features = self._split(self.encoding(self._unit(xyz)))
+        return sigmas / self.radius, features
+
+    def _proposed(self, grid: nn.Module, xyz: Tensor) -> Tensor:
+        """Densities [S] as a proposal's grid has them."""
+        return exponential(grid(self._unit(xyz)).sum(-1)) / self.radius
+
+    def _unit(self, xyz: Tensor) -> Tensor:
+        """`xyz` [S, 3] in the unit cube that is encoded."""
         # In units of half the longest side, from -1 to 1, or contracted from -2 to 2; then from 0 to 1
         offset = self.grid.aabb.mean(0) / -self.radius
-        if len(self.grid.density) > 1:
-            encoded = self.encoding(0.25 * contract(torch.add(offset, xyz, alpha=1 / self.radius)) + 0.5)
-        else:
-            encoded = self.encoding(torch.add(0.5 * offset + 0.5, xyz, alpha=0.5 / self.radius))
-        sigmas, features = self._split(encoded)
-        return sigmas / self.radius, features
+        if self.is_unbounded:
+            return 0.25 * contract(torch.add(offset, xyz, alpha=1 / self.radius)) + 0.5
+        return torch.add(0.5 * offset + 0.5, xyz, alpha=0.5 / self.radius)
 
     def _split(self, encoded: Tensor) -> tuple[Tensor, Tensor]:
         """Densities [S], per `radius`, and what the colour network gets."""

@@ -61,6 +61,7 @@ class HollowField(Field):
 
     def advance(self, progress: float) -> None:
         """See `Field`; a dual update from time to time, then the cut."""
+        super().advance(progress)
         if not self.config.sparsity or self.encoding.cut:
             return
         self.encoding.steps += 1

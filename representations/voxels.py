@@ -53,7 +53,7 @@ class VoxelField(Field):
     @property
     def voxel(self) -> float:
         """Side of the finest voxels, scene units; within half the longest side of the center where space is contracted."""
-        return (4 if len(self.grid.density) > 1 else 2) * self.radius / self.config.finest
+        return (4 if self.is_unbounded else 2) * self.radius / self.config.finest
 
     def param_groups(self) -> list[dict[str, Any]]:
         """One group a parameter."""
@@ -65,6 +65,7 @@ class VoxelField(Field):
 
     def advance(self, progress: float) -> None:
         """See `Field`; grids come in from coarse to fine."""
+        super().advance(progress)
         self.encoding.active.fill_(self.config.levels_at(progress))
 
     def penalties(self, marched: Marched, samples: Samples) -> dict[str, Tensor]:
@@ -83,7 +84,7 @@ class VoxelField(Field):
         """
         unit = self.encoding.points() - 0.5
         side = self.voxel * self.config.finest / self.encoding.resolutions[0]
-        if len(self.grid.density) > 1:
+        if self.is_unbounded:
             offsets = uncontract(4 * unit)
             sizes = side * offsets.norm(dim=-1).clamp(min=1)  # across the line to the center; along it they are longer
         else:

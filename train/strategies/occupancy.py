@@ -31,7 +31,7 @@ class Occupancy:
     ) -> None:
         """See `Strategy`."""
         scene.advance(progress)
-        if (step + 1) % self.config.interval == 0:
+        if scene.proposals is None and (step + 1) % self.config.interval == 0:
             cells = None if step < _ALL_CELLS_UNTIL else scene.grid.density.numel() // _SHARE
             options: dict[str, Any] = {"decay": self.config.decay, "threshold": self.config.threshold / scene.step}
             scene.grid.update(scene.density, **options, generator=self.generator, cells=cells)
