@@ -16,7 +16,10 @@ _HEADS = {"none": "None", "relu": "ReLU", "sigmoid": "Sigmoid", "softplus": "Sof
 
 
 class Tiny(nn.Module):
-    """A module of tinycudann (read against 1.7 and 2.0), which computes in half precision, behind our contract."""
+    """A module of tinycudann, which computes in half precision on most GPUs, behind our contract.
+
+    Read against the Python of its bindings at commit 07bacc5; not yet run against an installed one.
+    """
 
     out_dim: int
 

@@ -212,19 +212,26 @@ def extract(model: nn.Module, resolution: int) -> trimesh.Trimesh:
 
 def picture(model: nn.Module, size: int) -> NDArray[np.uint8]:
     """[size, size, 3]: spheres traced along parallel rays, shaded by the slope of the distance."""
+
+    def distance(at: Tensor) -> Tensor:
+        inner = at.clamp(0, 1)  # what was learned; outside, the way to the cube comes on top
+        return evaluate(model, inner) + (at - inner).norm(dim=-1)
+
     eye = nn.functional.normalize(torch.tensor([0.5, 0.35, 1.0]), dim=0)
     right = nn.functional.normalize(torch.linalg.cross(torch.tensor([0.0, 1.0, 0.0]), eye), dim=0)
     up = torch.linalg.cross(eye, right)
     rows, columns = torch.meshgrid(*[(torch.arange(size) + 0.5) / size - 0.5] * 2, indexing="ij")
     x = (0.5 + 0.9 * eye + 1.25 * (columns[..., None] * right - rows[..., None] * up)).view(-1, 3)
-    t, last = torch.zeros(len(x)), torch.full((len(x),), torch.inf)
+    t = torch.zeros(len(x))
+    last = distance(x)
     for _ in range(80):
-        alive = ((last.abs() > 1e-4) & (t < 1.8)).nonzero()[:, 0]
-        at = x[alive] - t[alive, None] * eye
-        inner = at.clamp(0, 1)  # what was learned; outside, the way to the cube comes on top
-        last[alive] = evaluate(model, inner) + (at - inner).norm(dim=-1)
-        t[alive] += 0.9 * last[alive]
-    hit = (last.abs() < 1e-3) & (t < 1.8)
+        alive = ((last > 1e-4) & (t < 1.8)).nonzero()[:, 0]
+        before, step = last[alive], 0.9 * last[alive]
+        now = distance(x[alive] - (t[alive] + step)[:, None] * eye)
+        # A step through the surface ends where a straight line between its ends is 0
+        t[alive] += torch.where(now < 0, before / (before - now), 1) * step
+        last[alive] = now.clamp(min=0)
+    hit = (last < 1e-3) & (t < 1.8)
     at = x[hit] - t[hit, None] * eye
     slopes = [evaluate(model, at + step) - evaluate(model, at - step) for step in torch.eye(3) / 96]
     normals = nn.functional.normalize(torch.stack(slopes, -1), dim=-1)
@@ -239,9 +246,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mesh", type=Path, help="closed, in a format that trimesh reads; a knot without it")
     parser.add_argument("--encoding", choices=[name for name in ENCODINGS if name != "sh"], default="hash")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--batch", type=int, default=2**13, help="positions a step")
-    parser.add_argument("--samples", type=int, default=2**16, help="positions whose distance is computed")
+    parser.add_argument("--samples", type=int, default=3 * 2**14, help="positions whose distance is computed")
     parser.add_argument("--log2-rows", type=int, default=14, help="rows of the largest table, a power of two")
     parser.add_argument("--finest", type=int, default=64, help="cells along the cube of the last level")
     parser.add_argument("--resolution", type=int, default=96, help="cubes along the cube of the mesh that is written")
