@@ -54,19 +54,20 @@ OPENSPLAT = {
 """OpenSplat 1.1.5 on two CPU cores, same images and test views: seconds of training to dB."""
 
 
-def train(options: str, data: Path, folder: Path) -> dict[str, Any]:
-    """Run one training with these options of render-train; what it reached."""
+def train(options: str, data: Path, folder: Path, tests: int = 14) -> dict[str, Any]:
+    """Run one training with these options of render-train, its test views measured so often on the way; what it reached."""
     words = options.split()
     command = [sys.executable, "-m", "prismfield.train.cli", *(word.replace("DATA", str(data)) for word in words)]
     began = time.monotonic()
-    subprocess.run([*command, "--out", str(folder), "--log.tests", "14"], check=True)
+    subprocess.run([*command, "--out", str(folder), "--log.tests", str(tests)], check=True)
     whole = time.monotonic() - began
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     tests = [line for line in lines if "test/psnr" in line]
     report = (folder / "report.md").read_text()
     memory = re.search(r"peak memory \| (\d+) MiB(?: and (\d+) MiB on the GPU)?", report)
     computed = re.search(r"computed by \| (.*) \|", report)
-    assert memory and computed
+    size = re.search(r"\| (primitives|parameters) \| ([\d,]+) \|", report)
+    assert memory and computed and size
     return {
         "command": shlex.join(["render-train", *words]),
         "psnr": round(tests[-1]["test/psnr"], 2),
@@ -74,7 +75,7 @@ def train(options: str, data: Path, folder: Path) -> dict[str, Any]:
         "steps": tests[-1]["step"],
         "seconds": round(tests[-1]["seconds"], 1),
         "seconds_whole_command": round(whole, 1),
-        "primitives": [line["primitives"] for line in lines if "primitives" in line][-1],
+        size[1]: int(size[2].replace(",", "")),
         "peak_memory_mib": int(memory[1]),
         **({"peak_gpu_memory_mib": int(memory[2])} if memory[2] else {}),
         "computed_by": computed[1],

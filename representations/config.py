@@ -86,7 +86,7 @@ class FieldConfig:
     """Steps of a ray along the diagonal of the bounds."""
     cone: float = 1 / 256
     """Steps are at least this share of the distance from the camera; with "space"."""
-    distortion: float = 0.0
+    distortion: float = 0.01
     """Weight of the distortion loss, which gathers the light of a ray in one place (Mip-NeRF 360, arXiv:2111.12077)."""
     variation: float = 0.0
     """Weight of the total variation of features on planes; only with "triplane"."""

@@ -72,7 +72,7 @@ class ScheduleConfig:
     """Share at the end over which learning rates that do not decay already fall to a tenth."""
     sparse_adam: bool = True
     """Update only what the step's camera sees."""
-    samples: int = 1 << 16
+    samples: int = 1 << 15
     """Along all rays of a step that draws single pixels; their number follows."""
 
 
