@@ -25,9 +25,9 @@ class HollowField(Field):
         m follows the gradient of  loss + rho / 2 mean (m - z + u)^2,
         z = soft_threshold(m + u, sparsity / rho)  and  u = u + m - z  every `dual_interval` steps.
 
-    After the share `prune` of the training, what z has at 0 is cut off. Departs from the paper in that the mask is
-    stored as it is, from 1 at first, instead of through a sigmoid; and in that it multiplies the density too: our networks have no
-    biases, so features of 0 alone would be of density 1, not empty.
+    After the share `prune` of the training, what z has at 0 is cut off. From the paper are the coarse mask over a hash grid and
+    its pruning by ADMM; parametrisation and constants are ours: the mask is stored as it is, from 1 at first, and multiplies
+    the density too, as our networks have no biases: features of 0 alone would be of density 1, not empty.
     """
 
     config: HollowConfig

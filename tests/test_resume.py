@@ -9,14 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load_file
 
 from prismfield.train.checkpoint import STATE, TENSORS, load_checkpoint
 
+from .checkpoints import content, same_content
 from .commands import command, refused
 
 # Growth at steps 20 and 40 and a reset at 45, so that a stop at 30 falls between; each of the three resolutions is used.
@@ -61,22 +59,9 @@ def in_one_go(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return found
 
 
-def content(run: Path, step: int) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Everything in a checkpoint that does not tell the time."""
-    folder = run / "checkpoints" / f"step_{step:08d}"
-    state = json.loads((folder / STATE).read_text())
-    for key in ("seconds", "sha256", "state_sha256"):
-        del state[key]
-    return load_file(folder / TENSORS), state
-
-
 def assert_same_bits(run: Path, other: Path, step: int) -> None:
-    tensors, state = content(run, step)
-    others, other_state = content(other, step)
-    assert tensors.keys() == others.keys()
+    tensors, _ = same_content(run, other, step)
     assert {"exposure.deltas", "poses.deltas", "scene.means", "rng.torch"} <= tensors.keys()
-    assert [name for name, value in tensors.items() if not torch.equal(value, others[name])] == []
-    assert state == other_state
 
 
 def losses(run: Path) -> list[tuple[int, float]]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import replace
 from pathlib import Path
@@ -10,15 +9,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from prismfield.render.cameras import Cameras
 from prismfield.representations.config import FieldConfig, VoxelConfig
 from prismfield.representations.voxels import VoxelField, VoxelPyramid, count_views, entropy
-from prismfield.train.checkpoint import STATE, TENSORS
 from prismfield.train.optimizer import FusedAdam
 
+from .checkpoints import content, same_content
 from .commands import command
 
 SMALL = VoxelConfig(
@@ -254,15 +252,6 @@ WORDS += (
 WORDS += " --voxel.growth 0.6"
 
 
-def content(run: Path, step: int) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Everything in a checkpoint that does not tell the time."""
-    folder = run / "checkpoints" / f"step_{step:08d}"
-    state = json.loads((folder / STATE).read_text())
-    for key in ("seconds", "sha256", "state_sha256"):
-        del state[key]
-    return load_file(folder / TENSORS), state
-
-
 def test_a_run_in_two_parts_is_the_run_in_one(tmp_path: Path) -> None:
     """Stopped while a grid is still to come."""
     for name, words in (("one", []), ("two", ["--pause-at", 7])):
@@ -272,9 +261,8 @@ def test_a_run_in_two_parts_is_the_run_in_one(tmp_path: Path) -> None:
     assert int(first["scene.encoding.active"]) == 2 and "optimizer.encoding.grids.2.table.exp_avg" not in first
     done = command("train.cli", "--resume", tmp_path / "two")
     assert done.returncode == 0 and "going on at step 7" in done.stderr, done.stderr
-    (tensors, state), (others, other_state) = content(tmp_path / "two", 16), content(tmp_path / "one", 16)
-    assert tensors.keys() == others.keys() and int(tensors["scene.encoding.active"]) == 3
-    assert [name for name, value in tensors.items() if not torch.equal(value, others[name])] == []
-    assert state == other_state and state["updates"]["encoding.grids.2.table"] < 16
+    tensors, state = same_content(tmp_path / "two", tmp_path / "one", 16)
+    assert int(tensors["scene.encoding.active"]) == 3
+    assert state["updates"]["encoding.grids.2.table"] < 16
     # The session has shown it the cameras
     assert tensors["scene.encoding.shares"].unique().numel() > 2
