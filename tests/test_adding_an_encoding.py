@@ -88,7 +88,7 @@ def test_the_page_s_own_tests() -> None:
 
 def test_it_fits_a_picture(folder: Path, tmp_path: Path) -> None:
     """By the example as it is."""
-    words = ["--encoding", "fourier", "--steps", "120", "--batch", "2048", "--downscale", "4", "--out", "fit.png"]
+    words = ["--encoding", "fourier", "--steps", "120", "--batch", "1024", "--downscale", "4", "--out", "fit.png"]
     command = [sys.executable, "-c", WITH_ROW, str(folder), str(ROOT / "examples" / "fit_image.py"), *words]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=dict(os.environ), timeout=120)
     assert done.returncode == 0, done.stderr

@@ -178,7 +178,7 @@ def test_a_linear_head_learns(name: str) -> None:
         wanted = (wanted - wanted.mean()) / wanted.std()
         torch.manual_seed(0)
         head = nn.Linear(encoding.out_dim, 1)
-        optimizer = torch.optim.Adam([*encoding.parameters(), *head.parameters()], lr=0.03)
+        optimizer = torch.optim.Adam([*encoding.parameters(), *head.parameters()], lr=0.03, fused=True)
         for _ in range(100):
             loss = (head(encoding(x))[:, 0] - wanted).square().mean()
             optimizer.zero_grad()
