@@ -69,7 +69,8 @@ class FieldConfig:
     nerfacc, on CUDA. "proposals": where small grids that learn with the field find something. "auto": occupancy with "box",
     proposals with "space"."""
     proposals: tuple[int, int, int] = (64, 48, 32)
-    """Pieces of a ray that two proposals look at, one after the other, and samples; with proposals."""
+    """Pieces of a ray that two proposals look at, one after the other, and samples of a training step, half of those of a
+    picture; with proposals."""
     networks: Literal["auto", "tinycudann"] = "auto"
     """Who computes grid and networks: our own kernels, or an installed tiny-cuda-nn, on CUDA; only with "hash"."""
     extent: Literal["auto", "box", "space"] = "auto"

@@ -66,7 +66,9 @@ def test_they_learn_where_a_wall_is(extent: str, monkeypatch: pytest.MonkeyPatch
         optimizer.step()
     field.jitter = None
     assert error() < 0.03 < before
-    samples, histograms = field._propose(torch.tensor([[0.0, 0.0, -3.0]]), torch.tensor([[0.0, 0.0, 1.0]]), None)
+    samples, histograms = field._propose(
+        torch.tensor([[0.0, 0.0, -3.0]]), torch.tensor([[0.0, 0.0, 1.0]]), None, (32, 24, 12)
+    )
     assert len(samples) == 12 and [h.weights.shape[1] for h in histograms] == [32, 24]
     assert int((samples.mids > 2.9).logical_and(samples.mids < 3.6).sum()) >= 6
 
@@ -142,5 +144,5 @@ def test_bounds_do_not_matter_to_what_is_far() -> None:
     """The far plane of a box is behind it, wherever the cameras are."""
     field = make_field("box", sampler="proposals")
     origins = torch.tensor([[0.0, 0.0, -40.0]])
-    samples, _ = field._propose(origins, torch.tensor([[0.0, 0.0, 1.0]]), None)
+    samples, _ = field._propose(origins, torch.tensor([[0.0, 0.0, 1.0]]), None, (32, 24, 12))
     assert float(samples.t_ends.max()) > 40 + float(BOX[1, 2])
