@@ -298,7 +298,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def test_a_training_learns_and_reports(kind: str, runs: dict[str, Path]) -> None:
     lines = [json.loads(line) for line in (runs[kind] / "metrics.jsonl").read_text().splitlines()]
     decibels = [line["psnr"] for line in lines if "loss" in line]  # losses have terms that appear on the way
-    assert sum(decibels[-2:]) > sum(decibels[:2]) + 1
+    assert sum(decibels[-2:]) > sum(decibels[:2]) + 0.5
     report = (runs[kind] / "report.md").read_text()
     assert f": {kind}, occupancy, 40 steps" in report and "| parameters | " in report and "| test PSNR | " in report
     tensors, _ = content(runs[kind], 40)
