@@ -8,11 +8,13 @@ SPECS.json lists launches as `describe` gives them. Prints one JSON object a ker
 from __future__ import annotations
 
 import importlib
+import itertools
 import json
 import re
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -119,6 +121,7 @@ def _hip_usage(assembly: str) -> tuple[int, int]:
 
 
 if __name__ == "__main__":
-    for spec_ in json.loads(Path(sys.argv[1]).read_text()):
-        for target_ in TARGETS:
-            print(json.dumps(compile_for(spec_, target_)), flush=True)
+    specs = json.loads(Path(sys.argv[1]).read_text())
+    with ProcessPoolExecutor() as pool:
+        for row in pool.map(compile_for, *zip(*itertools.product(specs, TARGETS), strict=True)):
+            print(json.dumps(row), flush=True)

@@ -57,7 +57,7 @@ def another(hint: Any, value: Any) -> Any:
     if origin is Literal:
         return next(choice for choice in reversed(parts) if choice != value)
     if origin is tuple:
-        return (0.125, 0.25, 0.5)
+        return (3, 2, 1) if int in parts else (0.125, 0.25, 0.5)
     if hint is bool:
         return not value
     return {int: 1 if value == 2 else 2, float: 0.0375, str: "another one", Path: Path("some folder/it's here")}[hint]
