@@ -16,7 +16,6 @@ import argparse
 import json
 import math
 import os
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +25,7 @@ import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
+from timing import measure
 from torch import Tensor, nn
 
 from prismfield.datasets import images
@@ -37,18 +37,6 @@ from prismfield.train.optimizer import FusedAdam
 BUNDLED = Path(images.__file__).parent / "garden" / "images" / "009.jpg"
 DENSITY, COLOR = [32, 64, 16], [32, 64, 64, 3]
 Times = dict[str, float]
-
-
-def measure(contenders: dict[str, Callable[[], Any]], runs: int) -> Times:
-    """Median milliseconds of each, in alternation; the first round warms up."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for round_ in range(runs + 1):
-        for name, run in contenders.items():
-            began = time.perf_counter()
-            run()
-            if round_:
-                times[name].append((time.perf_counter() - began) * 1e3)
-    return {name: round(statistics.median(values), 3) for name, values in times.items()}
 
 
 def machine_bounds(runs: int) -> Times:

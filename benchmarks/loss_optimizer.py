@@ -13,13 +13,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from timing import measure
 from torch import Tensor
 
 from prismfield.render.kernels import description, kernels
@@ -31,18 +30,6 @@ COUNTS = {"100k": 100_000, "1M": 1_000_000}
 WIDTHS = {"means": 3, "quats": 4, "log_scales": 3, "opacity_logits": 1, "sh0": 3, "shN": 45}
 STREAMS = 7  # of memory: parameter, moments and gradient read; all but the gradient written
 INTERVAL = 16
-
-
-def measure(contenders: dict[str, Callable[[], Any]], runs: int) -> dict[str, float]:
-    """Median milliseconds of each, in alternation; the first two rounds warm up."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for round_ in range(runs + 2):
-        for name, run in contenders.items():
-            began = time.perf_counter()
-            run()
-            if round_ >= 2:
-                times[name].append((time.perf_counter() - began) * 1e3)
-    return {name: round(statistics.median(values), 3) for name, values in times.items()}
 
 
 def time_loss(height: int, width: int, runs: int) -> dict[str, float]:

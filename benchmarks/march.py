@@ -11,13 +11,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from timing import measure
 from torch import Tensor
 
 from prismfield.render.kernels import description, kernels
@@ -33,18 +32,6 @@ from prismfield.render.samplers import OccupancyGrid, Samples, interlevel_loss, 
 
 RAYS = 16_384
 STEP = 3**0.5 * 2 / 1024
-
-
-def measure(contenders: dict[str, Callable[[], Any]], runs: int) -> dict[str, float]:
-    """Median milliseconds of each, in alternation; the first two rounds warm up."""
-    times: dict[str, list[float]] = {name: [] for name in contenders}
-    for round_ in range(runs + 2):
-        for name, run in contenders.items():
-            began = time.perf_counter()
-            run()
-            if round_ >= 2:
-                times[name].append((time.perf_counter() - began) * 1e3)
-    return {name: round(statistics.median(values), 3) for name, values in times.items()}
 
 
 def density(xyz: Tensor) -> Tensor:

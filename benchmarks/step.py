@@ -117,7 +117,7 @@ def main() -> None:
     print(f"  outside rasterizer, loss and optimizer: {100 * outside:.1f} %")
     if options.out:
         result = {
-            "scene": options.scene, "size": [width, height], "primitives": count, "options": options.options,
+            "scene": Path(options.scene).name, "size": [width, height], "primitives": count, "options": options.options,
             "kernels": description, "threads": threads, "machine": platform.processor() or platform.machine(),
             "python": sys.version.split()[0], "torch": torch.__version__, "runs": options.runs,
             "step_ms": round(whole, 3), "ms": {name: round(value, 3) for name, value in milliseconds.items()},
