@@ -13,6 +13,7 @@ from prismfield.render.checks import check_shapes
 from prismfield.render.ops.bin import bin_primitives
 from prismfield.render.ops.composite import composite
 from prismfield.render.ops.project import project
+from prismfield.render.ops.project_convexes import convex_primitive, project_convexes
 from prismfield.render.ops.sh import sh_colors
 from prismfield.render.output import RenderOutput
 
@@ -112,3 +113,39 @@ def rasterize_gaussians(
     screen = project(means, quats, scales, opacities, cameras.viewmats, cameras.Ks, size, antialiased=antialiased)
     rgbs = sh_colors(*sh, means, cameras.viewmats, screen[2], sh_degree)
     return rasterize("gaussian", screen, rgbs, cameras, background, extras)
+
+
+def rasterize_convexes(
+    points: Tensor,
+    deltas: Tensor,
+    sigmas: Tensor,
+    opacities: Tensor,
+    sh: tuple[Tensor, Tensor],
+    cameras: Cameras,
+    background: Tensor | None = None,
+    *,
+    sh_degree: int,
+    extras: Collection[str] = (),
+) -> RenderOutput:
+    """Draw smooth convexes (3D Convex Splatting, arXiv:2411.14974). Each has one depth and one colour, those of its centre.
+
+    Args:
+        points: [N, K, 3] world units, 3 to 12 of each convex.
+        deltas: [N] smoothness, per world unit, positive.
+        sigmas: [N] sharpness, positive.
+        opacities: [N] in [0, 1].
+        sh: `sh0` [N, 1, 3] and `shN` [N, T-1, 3].
+        cameras: C pinhole cameras.
+        background: [C, 3], black if None.
+        sh_degree: harmonics used, 0 to 3.
+        extras: see `rasterize`.
+
+    Raises:
+        ValueError: a shape does not fit or the cameras have lens distortion.
+    """
+    _check_request(cameras, extras)
+    check_shapes(points=(points, "N K 3"), sh0=(sh[0], "N 1 3"), shN=(sh[1], "N T 3"))
+    size = (cameras.width, cameras.height)
+    screen = project_convexes(points, deltas, sigmas, opacities, cameras.viewmats, cameras.Ks, size)
+    rgbs = sh_colors(*sh, points.mean(1), cameras.viewmats, screen[2], sh_degree)
+    return rasterize(convex_primitive(points.shape[1]), screen, rgbs, cameras, background, extras)

@@ -140,7 +140,9 @@ def assert_rows_close(got: Tensor, wanted: Tensor, rtol: float, what: str, floor
 
 
 @torch.no_grad()
-def fragile_pixels(params: Tensor, depths: Tensor, radii: Tensor, size: tuple[int, int], margin: float) -> Tensor:
+def fragile_pixels(
+    params: Tensor, depths: Tensor, radii: Tensor, size: tuple[int, int], margin: float, primitive: str = "gaussian"
+) -> Tensor:
     """[C, H, W]: where rounding decides on which side of a cutoff an alpha or a transmittance falls.
 
     Pictures jump there, so that two correct programs differ. Comparisons leave these pixels out, and tests bound how many there are.
@@ -152,7 +154,7 @@ def fragile_pixels(params: Tensor, depths: Tensor, radii: Tensor, size: tuple[in
         drawn = radii[camera, :, 0] > 0
         order = depths[camera, drawn].argsort(stable=True)
         rows = params[camera, drawn][order].double()[:, None]
-        alphas = PRIMITIVES["gaussian"].alpha(rows, px.flatten().double(), py.flatten().double())
+        alphas = PRIMITIVES[primitive].alpha(rows, px.flatten().double(), py.flatten().double())
         near = torch.zeros(height * width, dtype=torch.bool)
         for cutoff in (ALPHA_MIN, ALPHA_MAX):
             near |= ((alphas - cutoff).abs() < margin * cutoff).any(0)

@@ -112,7 +112,8 @@ void forward_tile(const Scene &s, const ForwardOut &out, int tile_index) {
       const int b = std::countr_zero(rest);
       Block &block = blocks[b];
       vf raw;
-      const vm hit = both(primitive.alpha(kGrid.x[b] + offset_x, kGrid.y[b] + offset_y, raw), block.live);
+      typename Primitive::Pixels pixels;
+      const vm hit = both(primitive.alpha(kGrid.x[b] + offset_x, kGrid.y[b] + offset_y, raw, pixels), block.live);
       const vf alpha = keep(hit, min(raw, broadcast(kAlphaMax)));
       const vf after = block.trans - alpha * block.trans;
       const vm finished = le(after, broadcast(kTransMin));
@@ -201,7 +202,8 @@ void backward_tile(const Scene &s, const BackwardIn &in, float *records, float *
       const int b = std::countr_zero(rest);
       const vf dx = kGrid.x[b] + offset_x, dy = kGrid.y[b] + offset_y;
       vf raw;
-      const vm hit = both(primitive.alpha(dx, dy, raw), lt(vi{} + i, stop[b]));
+      typename Primitive::Pixels pixels;
+      const vm hit = both(primitive.alpha(dx, dy, raw, pixels), lt(vi{} + i, stop[b]));
       raw = keep(hit, raw);
       const vf alpha = min(raw, broadcast(kAlphaMax)), inverse = reciprocal(1.f - alpha);
       const vf before = trans[b] * inverse, weight = alpha * before;
@@ -210,8 +212,9 @@ void backward_tile(const Scene &s, const BackwardIn &in, float *records, float *
       const vf v_alpha = keep(le(raw, broadcast(kAlphaMax)), before * value - inverse * behind[b]);
       trans[b] = before;
       behind[b] += weight * value;
-      primitive.accumulate(dx, dy, alpha, v_alpha, sums);
-      if constexpr (Absolute) primitive.accumulate_absolute(dx, dy, alpha, v_alpha, sums + Primitive::kSums);
+      primitive.accumulate(dx, dy, alpha, v_alpha, pixels, sums);
+      if constexpr (Absolute)
+        primitive.accumulate_absolute(dx, dy, alpha, v_alpha, pixels, sums + Primitive::kSums);
       for (int d = 0; d < channels; d++) sums[kShape + d] += weight * v_out[b][d];
     }
     if constexpr (Channels != kAnyChannels) {

@@ -46,6 +46,7 @@ PF_INLINE vm lt(vf a, vf b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _C
 PF_INLINE vm lt(vi a, vi b) { return _mm512_cmplt_epi32_mask((__m512i)a, (__m512i)b); }
 PF_INLINE vm both(vm a, vm b) { return a & b; }
 PF_INLINE vm but_not(vm a, vm b) { return a & ~b; }
+PF_INLINE vm either(vm a, vm b) { return a | b; }
 PF_INLINE bool any(vm m) { return m != 0; }
 PF_INLINE vf select(vm m, vf a, vf b) { return (vf)_mm512_mask_blend_ps(m, (__m512)b, (__m512)a); }
 PF_INLINE vi select(vm m, vi a, vi b) { return (vi)_mm512_mask_blend_epi32(m, (__m512i)b, (__m512i)a); }
@@ -66,6 +67,7 @@ PF_INLINE vm lt(vf a, vf b) { return _mm256_cmp_ps((__m256)a, (__m256)b, _CMP_LT
 PF_INLINE vm lt(vi a, vi b) { return _mm256_castsi256_ps(_mm256_cmpgt_epi32((__m256i)b, (__m256i)a)); }
 PF_INLINE vm both(vm a, vm b) { return _mm256_and_ps(a, b); }
 PF_INLINE vm but_not(vm a, vm b) { return _mm256_andnot_ps(b, a); }
+PF_INLINE vm either(vm a, vm b) { return _mm256_or_ps(a, b); }
 PF_INLINE bool any(vm m) { return _mm256_movemask_ps(m) != 0; }
 PF_INLINE vf select(vm m, vf a, vf b) { return (vf)_mm256_blendv_ps((__m256)b, (__m256)a, m); }
 PF_INLINE vi select(vm m, vi a, vi b) { return (vi)_mm256_castps_si256(_mm256_blendv_ps((__m256)b, (__m256)a, m)); }
@@ -86,6 +88,7 @@ PF_INLINE vm lt(vf a, vf b) { return a < b; }
 PF_INLINE vm lt(vi a, vi b) { return a < b; }
 PF_INLINE vm both(vm a, vm b) { return a & b; }
 PF_INLINE vm but_not(vm a, vm b) { return a & ~b; }
+PF_INLINE vm either(vm a, vm b) { return a | b; }
 PF_INLINE bool any(vm m) { return (m[0] | m[1] | m[2] | m[3]) != 0; }
 PF_INLINE vf select(vm m, vf a, vf b) { return (vf)(((vi)a & m) | ((vi)b & ~m)); }
 PF_INLINE vi select(vm m, vi a, vi b) { return (a & m) | (b & ~m); }
