@@ -5,18 +5,32 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import ClassVar, Protocol, Self, TypeVar
 
-import numpy as np
-from numpy.typing import NDArray
 
-from prismfield.export.assets import SplatAsset
+class Comparable(Protocol):
+    """What can be told from what came back."""
+
+    noun: ClassVar[str]
+    """What messages call its parts."""
+
+    def __len__(self) -> int:
+        """How many there are of them."""
+        ...
+
+    def differences(self, other: Self) -> dict[str, float]:
+        """Largest difference by field."""
+        ...
+
+
+C = TypeVar("C", bound=Comparable)
 
 
 def write_verified(
     path: Path,
-    asset: SplatAsset,
-    write: Callable[[Path, SplatAsset], None],
-    read: Callable[[Path], SplatAsset],
+    asset: C,
+    write: Callable[[Path, C], None],
+    read: Callable[[Path], C],
     tolerances: dict[str, float],
 ) -> None:
     """Write under a temporary name, read back, compare, rename. A file that was there stays until the new one is whole.
@@ -33,7 +47,7 @@ def write_verified(
         OSError: the file could not be written, or came back different.
     """
     if len(asset) == 0:
-        raise ValueError(f"{path}: there is nothing to write, the scene has no Gaussians")
+        raise ValueError(f"{path}: there is nothing to write, the scene has no {asset.noun}")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -52,25 +66,6 @@ def write_verified(
         temporary.unlink(missing_ok=True)
 
 
-def differences(a: SplatAsset, b: SplatAsset) -> dict[str, float]:
-    """Largest difference by field: absolute, for `scales` of their logarithms, for `quats` with the better sign.
-
-    A field whose shapes or metadata differ counts as infinitely different.
-    """
-    if len(a) != len(b) or a.sh.shape != b.sh.shape:
-        return dict.fromkeys(("means", "quats", "scales", "opacities", "sh", "up", "antialiased"), np.inf)
-    signs = np.where((a.quats * b.quats).sum(1, keepdims=True) < 0, -1, 1).astype(np.float32)
-    pairs: dict[str, tuple[NDArray, NDArray]] = {
-        "means": (a.means, b.means),
-        "quats": (a.quats, signs * b.quats),
-        "scales": (a.log_scales, b.log_scales),
-        "opacities": (a.opacities, b.opacities),
-        "sh": (a.sh, b.sh),
-    }
-    found = {name: float(np.abs(x - y).max(initial=0.0)) for name, (x, y) in pairs.items()}
-    if a.up is None or b.up is None:
-        found["up"] = 0.0 if a.up is b.up else np.inf
-    else:
-        found["up"] = float(np.abs(np.subtract(a.up, b.up)).max())
-    found["antialiased"] = 0.0 if a.antialiased == b.antialiased else np.inf
-    return found
+def differences(a: C, b: C) -> dict[str, float]:
+    """Largest difference by field, as `a.differences` measures it."""
+    return a.differences(b)
