@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float32]
 Up = tuple[float, float, float]
+EXPECTED_UP: Up = (0.0, -1.0, 0.0)
+"""Of a file that does not say: OpenCV's axes, as COLMAP leaves them."""
 
 # What float32 can hold of an opacity and still have a finite logit, and of a scale and still have a finite logarithm.
 _OPACITY_MIN, _OPACITY_MAX, _SCALE_MIN = 1e-7, 1 - 2.0**-24, 1e-30
@@ -29,6 +31,8 @@ class _Asset:
 
     noun: ClassVar[str]
     """What messages call its primitives."""
+    representation: ClassVar[str]
+    """What draws them."""
     opacities: Array
     """[N] in 0..1."""
     sh: Array
@@ -95,6 +99,7 @@ class SplatAsset(_Asset):
     """
 
     noun: ClassVar = "Gaussians"
+    representation: ClassVar = "gaussians"
 
     means: Array
     """[N, 3] user units."""
@@ -214,6 +219,7 @@ class ConvexAsset(_Asset):
     """
 
     noun: ClassVar = "convexes"
+    representation: ClassVar = "convexes"
 
     points: NDArray[np.floating]
     """[N, K, 3] user units, K from 3 to 12; float32, or float64 where the origin is far away."""

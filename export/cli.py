@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, NoReturn
@@ -12,12 +11,9 @@ from tyro.conf import Positional, arg
 from prismfield.cli import run_cli
 
 if TYPE_CHECKING:
-    from prismfield.export.assets import SplatAsset
+    from prismfield.export.assets import Asset
     from prismfield.export.library import Scene
     from prismfield.render.cameras import Cameras
-
-FORMATS = {".ply": "the layout of 3D Gaussian Splatting (INRIA)"}
-"""What can be written, by suffix."""
 
 _LEAST_PSNR = 50.0  # decibels between the scene and the file read back; rounding leaves far more
 _VIEWS = 3
@@ -30,7 +26,8 @@ class ExportConfig:
     scene: Positional[Path]
     """A run's folder, or a .ply of splats."""
     to: Path
-    """The file, replaced if it is there; its suffix says the format: .ply, the layout of 3D Gaussian Splatting."""
+    """The file, replaced if it is there; its suffix says the format: .ply, for Gaussians the layout of 3D Gaussian Splatting;
+    convexes also .glb and .obj, a mesh of their hulls."""
     step: int | None = None
     """Of which checkpoint of a run; default the newest."""
     threads: int = 0
@@ -56,13 +53,11 @@ def export(config: ExportConfig) -> None:
         ValueError: the suffix is not known, or the scene cannot be written in that format.
         OSError: the file could not be written, or came back different.
     """
-    if config.to.suffix.lower() not in FORMATS:
-        known = ", ".join(f"{suffix} ({about})" for suffix, about in FORMATS.items())
-        raise ValueError(f"--to {config.to}: unknown suffix {config.to.suffix!r}; expected one of {known}")
     if config.to.is_dir():
         raise IsADirectoryError(f"--to {config.to}: is a folder")
     from rich.console import Console
 
+    from prismfield.export.formats import FORMATS
     from prismfield.export.library import load
     from prismfield.train.cli import show_log, use_threads
 
@@ -70,20 +65,27 @@ def export(config: ExportConfig) -> None:
     use_threads(config.threads)
     scene = load(config.scene, step=config.step)
     asset = scene.asset()
-    write, read = _codec(config.to.suffix.lower())
-    write(config.to, asset)
-    psnr, cameras = verify(scene, read(config.to), config.to)
+    formats, suffix = FORMATS[asset.representation], config.to.suffix.lower()
+    if suffix not in formats:
+        known = ", ".join(f"{suffix} ({form.about})" for suffix, form in formats.items())
+        unknown = f"unknown suffix {config.to.suffix!r} for {asset.noun}"
+        raise ValueError(f"--to {config.to}: {unknown}; expected one of {known}")
+    written = formats[suffix].write(config.to, asset)
     console = Console(highlight=False, soft_wrap=True)
     size = config.to.stat().st_size
-    about = f"{len(asset):,} Gaussians of degree {asset.sh_degree}, {size:,} bytes ({size / len(asset):.0f} each)"
-    console.print(f"{config.to}: {about}", markup=False)
+    about = f"{len(asset):,} {asset.noun} of degree {asset.sh_degree}" if written is None else written
+    console.print(f"{config.to}: {about}, {size:,} bytes ({size / len(asset):.0f} each)", markup=False)
+    if (read := formats[suffix].read) is None:
+        console.print(f"read back: the same faces; a mesh of hulls is not all that there is to {asset.noun}")
+        return
+    psnr, cameras = verify(scene, read(config.to), config.to)
     likeness = "100 dB PSNR or more" if psnr >= 100 else f"{psnr:.1f} dB PSNR"
     console.print(f"read back and rendered: {likeness} to the scene itself, {cameras} views")
     if psnr < _LEAST_PSNR:
         raise OSError(f"{config.to}: does not look like the scene when read back ({psnr:.1f} dB)")
 
 
-def verify(scene: Scene, asset: SplatAsset, path: Path) -> tuple[float, int]:
+def verify(scene: Scene, asset: Asset, path: Path) -> tuple[float, int]:
     """How much alike the scene and the file look.
 
     Args:
@@ -127,14 +129,6 @@ def _some_cameras(scene: Scene) -> list[Cameras]:
     flight = orbit(ring(center, up, 2.5 / frame.scale), center, up, math.radians(50), _VIEWS)
     batch = flight.cameras(640, 360)
     return [batch[index] for index in range(_VIEWS)]
-
-
-def _codec(suffix: str) -> tuple[Callable[[Path, SplatAsset], None], Callable[[Path], SplatAsset]]:
-    """Writer and reader of a format."""
-    assert suffix == ".ply"
-    from prismfield.export.ply import read_ply, write_ply
-
-    return write_ply, read_ply
 
 
 if __name__ == "__main__":

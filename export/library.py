@@ -14,16 +14,12 @@ from torch import Tensor
 
 from prismfield.datasets.base import SceneFrame
 from prismfield.datasets.views import Views
-from prismfield.export.assets import SplatAsset
-from prismfield.export.ply import read_ply
+from prismfield.export.assets import EXPECTED_UP, Asset
+from prismfield.export.formats import asset_of, read_asset
 from prismfield.render.cameras import Cameras
 from prismfield.render.output import RenderOutput
-from prismfield.representations.base import Representation
-from prismfield.representations.config import GaussiansConfig
-from prismfield.representations.gaussians import Gaussians
+from prismfield.representations.base import REPRESENTATIONS, Representation
 from prismfield.train.run import Run, load_run
-
-_EXPECTED_UP = (0.0, -1.0, 0.0)  # of a .ply that does not say: OpenCV's axes, as COLMAP leaves them
 
 
 @dataclass(frozen=True)
@@ -72,23 +68,23 @@ class Scene:
         views = Views(getattr(self.run.data, split), downscale=self.run.config.downscale)
         return [self.frame.cameras_to_user(views.camera(index)) for index in range(len(views))]
 
-    def asset(self) -> SplatAsset:
-        """Its Gaussians with activated values, in the user's frame.
+    def asset(self) -> Asset:
+        """Its primitives with activated values, in the user's frame.
 
         Raises:
-            ValueError: it is not made of Gaussians, or a value is not finite.
+            ValueError: it is not made of Gaussians or convexes, or a value is not finite.
         """
-        if not isinstance(self.representation, Gaussians):
-            raise ValueError(f"{self.path}: {type(self.representation).__name__} is not made of Gaussians")
-        antialiased = self.representation.config.antialiased
-        return SplatAsset.from_tensors(self.representation.tensors(), self.frame, antialiased=antialiased)
+        try:
+            return asset_of(self.representation, self.frame)
+        except ValueError as error:
+            raise ValueError(f"{self.path}: {error}") from error
 
 
 def load(path: str | os.PathLike[str], *, step: int | None = None, device: torch.device | str = "cpu") -> Scene:
     """Load a trained scene.
 
     Args:
-        path: a run's folder, or a .ply in the INRIA layout, from here or elsewhere.
+        path: a run's folder, or a .ply: of Gaussians in the INRIA layout, from here or elsewhere, or of convexes.
         step: of a run: the checkpoint of this step; None for the newest whole one.
         device: where to render.
 
@@ -107,27 +103,28 @@ def load(path: str | os.PathLike[str], *, step: int | None = None, device: torch
         return Scene(path, _frozen(run.scene), run.frame, run.background, run)
     if step is not None:
         raise ValueError(f"{path}: a .ply has no steps to choose from, got step {step}")
-    return scene_of(read_ply(path), path, device=device)
+    return scene_of(read_asset(path), path, device=device)
 
 
-def scene_of(asset: SplatAsset, path: Path, *, device: torch.device | str = "cpu") -> Scene:
-    """A scene made of the Gaussians in `asset`; `path` is the name it goes by."""
+def scene_of(asset: Asset, path: Path, *, device: torch.device | str = "cpu") -> Scene:
+    """A scene made of the primitives in `asset`; `path` is the name it goes by."""
     frame = content_frame(asset)
-    config = GaussiansConfig(sh_degree=asset.sh_degree, antialiased=asset.antialiased)
-    representation = Gaussians.from_tensors(asset.to_tensors(frame), config).to(device)
-    return Scene(path, _frozen(representation), frame, 0.0, None)
+    made = REPRESENTATIONS[asset.representation].from_tensors(asset.to_tensors(frame), asset.config())
+    representation: Any = made  # a module
+    return Scene(path, _frozen(representation.to(device)), frame, 0.0, None)
 
 
-def content_frame(asset: SplatAsset) -> SceneFrame:
-    """A frame in which most of the splats are within a unit of the origin: their units may be millimetres or miles.
+def content_frame(asset: Asset) -> SceneFrame:
+    """A frame in which most of the primitives are within a unit of the origin: their units may be millimetres or miles.
 
     The centre is the median, weighted by opacity, and the unit the distance within which half of the opacity lies, twice.
     """
     weights = asset.opacities.astype(np.float64) + 1e-9
-    center = [_weighted_median(asset.means[:, axis], weights) for axis in range(3)]
-    distances = np.linalg.norm(asset.means - np.array(center), axis=1)
+    means = asset.means
+    center = [_weighted_median(means[:, axis], weights) for axis in range(3)]
+    distances = np.linalg.norm(means - np.array(center), axis=1)
     reach = 2 * _weighted_median(distances, weights)
-    return SceneFrame((center[0], center[1], center[2]), 1 / reach if reach > 0 else 1.0, asset.up or _EXPECTED_UP)
+    return SceneFrame((center[0], center[1], center[2]), 1 / reach if reach > 0 else 1.0, asset.up or EXPECTED_UP)
 
 
 def render(

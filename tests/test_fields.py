@@ -333,10 +333,10 @@ def test_a_field_is_measured_and_filmed_but_is_no_file_of_splats(runs: dict[str,
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "video.mp4").stat().st_size > 500
     said = refused("export.cli", run, "--to", tmp_path / "scene.ply")
-    assert said == f"error: {run}: HashField is not made of Gaussians"
+    assert said == f"error: {run}: HashField is not made of Gaussians or convexes"
     assert not (tmp_path / "scene.ply").exists()
 
 
 def test_a_field_cannot_start_from_splats(tmp_path: Path) -> None:
     said = refused("train.cli", *words_of("hash"), "--init", tmp_path / "scene.ply", "--out", tmp_path / "run")
-    assert said == f"error: --init {tmp_path}/scene.ply: expected --representation gaussians, got hash"
+    assert said == f"error: --init {tmp_path}/scene.ply: expected --representation gaussians or convexes, got hash"

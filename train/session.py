@@ -18,7 +18,6 @@ from prismfield.datasets.scenes import find_scene, load_scene
 from prismfield.datasets.views import Views
 from prismfield.representations.base import REPRESENTATIONS, Representation
 from prismfield.representations.config import TRAINED_BY
-from prismfield.representations.gaussians import Gaussians
 from prismfield.train.batches import COLORS, Batches, PixelBatches
 from prismfield.train.checkpoint import load_checkpoint, save_checkpoint
 from prismfield.train.clock import Clock
@@ -28,6 +27,7 @@ from prismfield.train.folder import CHECKPOINTS
 from prismfield.train.optimizer import FusedAdam
 from prismfield.train.run import part, representation_config, scene_from_checkpoint
 from prismfield.train.strategies.base import STRATEGIES, Strategy
+from prismfield.train.warm_start import scene_from_file
 
 log = logging.getLogger("prismfield")
 
@@ -151,7 +151,9 @@ def start_session(config: TrainConfig, device: torch.device, folder: Path | None
     train_views = Views(data.train, byte_budget=budget - budget // 8 - batch_budget, **options)
     _decode_early(test_views, budget // 8)
     background = COLORS[data.background]
-    scene = (initial_scene(config, data) if saved is None else scene_from_checkpoint(config, *saved)).to(device)
+    scene = (
+        initial_scene(config, data, test_views, device) if saved is None else scene_from_checkpoint(config, *saved)
+    ).to(device)
     if saved is None and (observe := getattr(scene, "observe", None)) is not None:
         observe([train_views.camera(index) for index in range(len(train_views))])
     exposure = Exposure(len(train_views)).to(device) if config.exposure.enabled else None
@@ -210,24 +212,16 @@ def _decode_early(test_views: Views, byte_budget: int) -> None:
             test_views[index]
 
 
-def initial_scene(config: TrainConfig, data: SceneData) -> Any:
-    """The scene before the first step: from `config.init`, or from points.
+def initial_scene(config: TrainConfig, data: SceneData, test_views: Views, device: torch.device) -> Any:
+    """The scene before the first step: from `config.init`, which is measured on the test views, or from points.
 
     Raises:
         FileNotFoundError: there is no such `config.init`.
-        ValueError: it is no .ply of splats, or has more than `config.max_primitives`, or is to become something else.
+        ValueError: it is no .ply of primitives, has more than `config.max_primitives`, or cannot become what is asked for.
     """
     representation, options = REPRESENTATIONS[config.representation], representation_config(config)
     if config.init is not None:
-        if not issubclass(representation, Gaussians):
-            raise ValueError(f"--init {config.init}: expected --representation gaussians, got {config.representation}")
-        from prismfield.export.ply import read_ply  # not at the top: export builds on train
-
-        asset = read_ply(config.init)
-        if len(asset) > config.max_primitives:
-            raise ValueError(f"{config.init}: {len(asset)} splats, more than --max-primitives {config.max_primitives}")
-        tensors = asset.to_tensors(data.frame, sh_degree=config.gaussians.sh_degree)
-        return representation.from_tensors(tensors, options)
+        return scene_from_file(config, options, data, test_views, device)
     if getattr(options, "extent", None) == "auto":
         options = replace(options, extent="space" if data.background is None else "box")
     if representation.batching == "pixels":  # nothing is made of points
