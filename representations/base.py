@@ -9,6 +9,7 @@ from torch import Tensor
 
 from prismfield.render.cameras import Cameras
 from prismfield.render.output import RenderOutput
+from prismfield.representations.convexes import Convexes
 from prismfield.representations.fields import HashField, SimplexField, TriplaneField
 from prismfield.representations.gaussians import Gaussians
 from prismfield.representations.hollow import HollowField
@@ -60,13 +61,14 @@ class Representation(Protocol):
 
 REPRESENTATIONS: dict[str, type[Representation]] = {
     "gaussians": Gaussians,
+    "convexes": Convexes,
     "hash": HashField,
     "simplex": SimplexField,
     "triplane": TriplaneField,
     "voxel": VoxelField,
     "hollow": HollowField,
 }
-"""3D Gaussians with harmonic colour; radiance fields on hashed grids of cubes and of simplices, on planes, on voxels, and on
+"""3D Gaussians and smooth convexes with harmonic colour; radiance fields on hashed grids of cubes and of simplices, on planes, on voxels, and on
 a hashed grid that a mask hollows out."""
 
 

@@ -37,10 +37,47 @@ class GaussiansConfig:
 
     def sh_degree_at(self, progress: float) -> int:
         """Harmonics in use at `progress` in 0..1."""
-        if self.sh_interval <= 0:
-            return self.sh_degree
-        # The small term keeps a multiple of the interval from rounding down.
-        return min(self.sh_degree, int(progress / self.sh_interval + 1e-9))
+        return _degree_at(self.sh_degree, self.sh_interval, progress)
+
+
+@dataclass(frozen=True)
+class ConvexesConfig:
+    """Smooth convexes. Learning rates are Adam's, per step; those of `points` are in scene units."""
+
+    points: int = 6
+    """Of each convex, 3 to 12."""
+    sh_degree: int = 3
+    """Harmonics stored, 0 (one colour from everywhere) to 3."""
+    sh_interval: float = 1 / 30
+    """Share of the training after which one more degree of harmonics is used."""
+    init_opacity: float = 0.1
+    """Opacity of a convex made from a point, in (0, 1)."""
+    init_scale: float = 1.2
+    """Radius of a convex made from a point, in distances to its nearest neighbours."""
+    init_delta: float = 10.0
+    """Its smoothness, per radius."""
+    init_sigma: float = 0.5
+    """Its sharpness."""
+    points_lr: float = 6.4e-4
+    points_lr_final: float = 1.9e-5
+    """What `points_lr` decays to, exponentially, over the training."""
+    log_deltas_lr: float = 1e-2
+    log_sigmas_lr: float = 1e-2
+    opacity_logits_lr: float = 5e-2
+    sh0_lr: float = 1e-2
+    shN_lr: float = 2e-3
+    shN_every: int = 2
+    """Steps between updates of `shN`, by far the most memory of all that a step touches."""
+
+    def sh_degree_at(self, progress: float) -> int:
+        """Harmonics in use at `progress` in 0..1."""
+        return _degree_at(self.sh_degree, self.sh_interval, progress)
+
+
+def _degree_at(stored: int, interval: float, progress: float) -> int:
+    """Harmonics in use at `progress` in 0..1, one more after each `interval` of it, up to those `stored`."""
+    # The small term keeps a multiple of the interval from rounding down.
+    return stored if interval <= 0 else min(stored, int(progress / interval + 1e-9))
 
 
 @dataclass(frozen=True)
@@ -156,6 +193,7 @@ TRIPLANE = FieldConfig(levels=4, features=8, log2_rows=19, coarsest=64, finest=5
 
 TRAINED_BY: dict[str, tuple[str, ...]] = {
     "gaussians": ("adc", "mcmc", "fixed"),
+    "convexes": ("split", "fixed"),
     "hash": ("occupancy",),
     "simplex": ("occupancy",),
     "triplane": ("occupancy",),

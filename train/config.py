@@ -14,12 +14,13 @@ from prismfield.representations.config import (
     SIMPLEX,
     TRAINED_BY,
     TRIPLANE,
+    ConvexesConfig,
     FieldConfig,
     GaussiansConfig,
     HollowConfig,
     VoxelConfig,
 )
-from prismfield.train.strategies.config import AdcConfig, McmcConfig, OccupancyConfig
+from prismfield.train.strategies.config import AdcConfig, McmcConfig, OccupancyConfig, SplitConfig
 
 DEFAULT_STEPS = 4000
 
@@ -116,11 +117,11 @@ class TrainConfig:
 
     scene: str = "garden"
     """A folder with photographs and poses, a name under $PRISMFIELD_DATA, or a bundled scene."""
-    representation: Literal["gaussians", "hash", "simplex", "triplane", "voxel", "hollow"] = "gaussians"
-    """What to make: splats, or a radiance field on a grid of cubes or of simplices, on planes, on voxels, or on a small grid
+    representation: Literal["gaussians", "convexes", "hash", "simplex", "triplane", "voxel", "hollow"] = "gaussians"
+    """What to make: splats (Gaussians or smooth convexes), or a radiance field on a grid of cubes or of simplices, on planes, on voxels, or on a small grid
     of cubes with a mask of what matters."""
-    strategy: Literal["adc", "mcmc", "fixed", "occupancy"] | None = None
-    """How primitives are added and dropped, default adc; radiance fields: how empty space is found, occupancy."""
+    strategy: Literal["adc", "mcmc", "split", "fixed", "occupancy"] | None = None
+    """How primitives are added and dropped, default adc, for convexes split; radiance fields: how empty space is found, occupancy."""
     steps: int | None = None
     """Training steps; default 4000 unless `minutes` is given."""
     minutes: float | None = None
@@ -154,6 +155,7 @@ class TrainConfig:
     """Of the live view, on this machine."""
     data: DataConfig = field(default_factory=DataConfig)
     gaussians: GaussiansConfig = field(default_factory=GaussiansConfig)
+    convexes: ConvexesConfig = field(default_factory=ConvexesConfig)
     hash: FieldConfig = field(default_factory=FieldConfig)
     simplex: FieldConfig = SIMPLEX
     triplane: FieldConfig = TRIPLANE
@@ -161,6 +163,7 @@ class TrainConfig:
     hollow: HollowConfig = field(default_factory=HollowConfig)
     adc: AdcConfig = field(default_factory=AdcConfig)
     mcmc: McmcConfig = field(default_factory=McmcConfig)
+    split: SplitConfig = field(default_factory=SplitConfig)
     occupancy: OccupancyConfig = field(default_factory=OccupancyConfig)
     loss: LossConfig = field(default_factory=LossConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
@@ -177,14 +180,18 @@ def check_config(config: TrainConfig) -> None:
     """Raise a ValueError naming the first option that makes no sense."""
     infinity, least = float("inf"), 1e-12
     positive = ("steps", "minutes", "downscale", "max_primitives", "data.cache_mb", "data.initial_points", "log.every")
-    limits = dict.fromkeys((*positive, "gaussians.init_scale"), (least, infinity))
+    made = ("gaussians.init_scale", "convexes.init_scale", "convexes.init_delta", "convexes.init_sigma")
+    limits = dict.fromkeys((*positive, *made, "split.shrink"), (least, infinity))
     limits |= dict.fromkeys(("schedule.samples", "occupancy.interval"), (1, infinity))
-    shares = ("loss.ssim_weight", "schedule.settle", "gaussians.init_opacity", "adc.stop", "mcmc.stop")
+    shares = ("loss.ssim_weight", "schedule.settle", "gaussians.init_opacity", "convexes.init_opacity")
+    shares += ("adc.stop", "mcmc.stop", "split.stop")
     limits |= dict.fromkeys(shares, (0, 1))
     limits |= {
         "seed": (0, 2**32 - 1),
         "threads": (0, 4096),
         "gaussians.sh_degree": (0, 3),
+        "convexes.sh_degree": (0, 3),
+        "convexes.points": (3, 12),
         "viewer_port": (1, 65535),
     }
     for name, value in _options(config):

@@ -70,11 +70,11 @@ class Adc(Fixed):
         super().load_state_dict(state, scene)
         self.first_count = int(state["first_count"])
         self.growth.last, self.reset.last = int(state["last_growth"]), int(state["last_reset"])
-        device = scene.means.device
+        device = scene.opacity_logits.device
         self.gradients, self.views, self.widths = (state[k].to(device) for k in ("gradients", "views", "widths"))
 
     def _forget(self, scene: Gaussians) -> None:
-        count, device = scene.num_primitives, scene.means.device
+        count, device = scene.num_primitives, scene.opacity_logits.device
         self.gradients = torch.zeros(count, device=device)
         """[N] sum over images of the gradient's length."""
         self.views = torch.zeros(count, device=device)
@@ -97,9 +97,8 @@ class Adc(Fixed):
         if self.config.max_screen > 0:
             torch.maximum(self.widths, out.radii.amax((0, 2)) / width, out=self.widths)
 
-    @torch.no_grad()
-    def _grow(self, progress: float, scene: Gaussians, optimizer: torch.optim.Optimizer) -> Tensor:
-        """Clone and split; returns the [N] widths of the scene that results, 0 for what is new."""
+    def _chosen(self, progress: float, scene: Gaussians, added: int) -> Tensor:
+        """Indices of what is to grow, rising, where each that grows adds `added` primitives."""
         scores = self.gradients / self.views.clamp(min=1)
         room = self.max_primitives - scene.num_primitives
         if self.config.growth == "budget":
@@ -110,9 +109,14 @@ class Adc(Fixed):
         else:
             chosen = scores > self.threshold
         index = chosen.nonzero().squeeze(1)
-        if len(index) > room:
-            index = index[scores[index].topk(max(room, 0)).indices].sort().values
-        widths = self.widths
+        if added * len(index) > room:
+            index = index[scores[index].topk(max(room // added, 0)).indices].sort().values
+        return index
+
+    @torch.no_grad()
+    def _grow(self, progress: float, scene: Gaussians, optimizer: torch.optim.Optimizer) -> Tensor:
+        """Clone and split; returns the [N] widths of the scene that results, 0 for what is new."""
+        index, widths = self._chosen(progress, scene, 1), self.widths
         if len(index) == 0:
             return widths
         large = scene.scales[index].amax(-1) > self.config.split_extent

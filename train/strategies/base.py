@@ -13,6 +13,7 @@ from prismfield.train.strategies.adc import Adc
 from prismfield.train.strategies.fixed import Fixed
 from prismfield.train.strategies.mcmc import Mcmc
 from prismfield.train.strategies.occupancy import Occupancy
+from prismfield.train.strategies.split import Split
 
 State = dict[str, Tensor | float | int]
 
@@ -48,5 +49,11 @@ class Strategy(Protocol):
         ...
 
 
-STRATEGIES: dict[str, Callable[..., Strategy]] = {"fixed": Fixed, "adc": Adc, "mcmc": Mcmc, "occupancy": Occupancy}
+STRATEGIES: dict[str, Callable[..., Strategy]] = {
+    "fixed": Fixed,
+    "adc": Adc,
+    "mcmc": Mcmc,
+    "split": Split,
+    "occupancy": Occupancy,
+}
 """Name to class. Each is built from `(config, scene, *, max_primitives, seed)`; `fixed` ignores its config."""

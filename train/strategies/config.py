@@ -46,6 +46,46 @@ class AdcConfig:
 
 
 @dataclass(frozen=True)
+class SplitConfig:
+    """Density control of convexes: split into as many as there are points, prune (3D Convex Splatting, arXiv:2411.14974)."""
+
+    growth: Literal["threshold", "budget"] = "budget"
+    """As `adc.growth`."""
+    absgrad: bool = True
+    """Judge by the screen gradient of the position, as `adc.absgrad`; else by the gradient of the sharpness, as the paper."""
+    grad_threshold: float = 0.0
+    """Mean gradient above which a convex is split; 0 takes 0.0008, or 2.5e-5 for the sharpness."""
+    into: Literal["halves", "points"] = "halves"
+    """What a convex is split into."""
+    shrink: float = 0.55
+    """Size of the parts, in that of the whole; of halves, along their longest axis."""
+    part_opacity: float = 1.0
+    """Opacity of a part, in that of the whole."""
+    part_delta: float = 1.0
+    """Smoothness of a part, in that of the whole."""
+    part_sigma: float = 1.0
+    """Sharpness of a part, in that of the whole."""
+    min_opacity: float = 0.03
+    """Fainter convexes are dropped."""
+    max_extent: float = 0.0
+    """Standard deviation of its points above which a convex is dropped once opacities have been reset, scene units; 0 keeps all."""
+    max_screen: float = 0.0
+    """Radius above which a convex is dropped once opacities have been reset, in image widths; 0 keeps all."""
+    start: int = 500
+    """First step that splits."""
+    interval: int = 200
+    """Steps from one splitting to the next."""
+    min_interval: int = 50
+    """Fewest steps between splittings in a short training."""
+    stop: float = 0.5
+    """Share of the training after which nothing is split, dropped or reset."""
+    reset_interval: int = 0
+    """Steps from one reset of all opacities to the next; 0 never resets."""
+    reset_opacity: float = 0.2
+    """Opacities are cut to this at a reset."""
+
+
+@dataclass(frozen=True)
 class McmcConfig:
     """3D Gaussian Splatting as Markov chain Monte Carlo (arXiv:2404.09591): relocate, grow to a cap, add noise.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from prismfield.render.output import RenderOutput
-from prismfield.representations.gaussians import Gaussians
+from prismfield.representations.splats import Splats
 
 
 class Fixed:
@@ -16,16 +16,16 @@ class Fixed:
 
     extras: tuple[str, ...] = ()
 
-    def __init__(self, config: Any, scene: Gaussians, *, max_primitives: int, seed: int) -> None:
+    def __init__(self, config: Any, scene: Splats, *, max_primitives: int, seed: int) -> None:
         if max_primitives < 1:
             raise ValueError(f"max_primitives: expected at least 1, got {max_primitives}")
         self.config = config
         self.max_primitives = max_primitives
-        self.generator = torch.Generator(scene.means.device).manual_seed(seed)
+        self.generator = torch.Generator(scene.opacity_logits.device).manual_seed(seed)
         self.sh_degree = scene.active_sh_degree
 
     def after_step(
-        self, step: int, progress: float, scene: Gaussians, optimizer: torch.optim.Optimizer, out: RenderOutput
+        self, step: int, progress: float, scene: Splats, optimizer: torch.optim.Optimizer, out: RenderOutput
     ) -> None:
         """See `Strategy`."""
         # Never lowered: a scene that started from a finished one keeps its harmonics.
@@ -36,7 +36,7 @@ class Fixed:
         """See `Strategy`."""
         return {"sh_degree": self.sh_degree, "generator": self.generator.get_state()}
 
-    def load_state_dict(self, state: dict[str, Any], scene: Gaussians) -> None:
+    def load_state_dict(self, state: dict[str, Any], scene: Splats) -> None:
         """See `Strategy`."""
         self.sh_degree = scene.active_sh_degree = int(state["sh_degree"])
         self.generator.set_state(state["generator"])
