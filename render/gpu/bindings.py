@@ -14,6 +14,8 @@ from prismfield.render.gpu.march import march_count as march_count
 from prismfield.render.gpu.march import march_fill as march_fill
 from prismfield.render.gpu.project import project_backward as project_backward
 from prismfield.render.gpu.project import project_forward as project_forward
+from prismfield.render.gpu.project_convexes import project_convexes_backward as project_convexes_backward
+from prismfield.render.gpu.project_convexes import project_convexes_forward as project_convexes_forward
 from prismfield.render.gpu.sh import sh_backward as sh_backward
 from prismfield.render.gpu.sh import sh_forward as sh_forward
 from prismfield.render.gpu.ssim import photometric_loss as photometric_loss

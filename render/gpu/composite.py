@@ -133,7 +133,7 @@ def _composite_forward_kernel(
             z = tl.load(depths + member) if MEDIAN else 0.0
             after_following = tl.load(members + tl.minimum(k + 2, reach - 1)).to(tl.int64)
             next_p = _load_row(params + following * PARAMS, PARAMS)
-            raw, reached = ALPHA(p, column + (0.5 - p[0]), row + (0.5 - p[1]))
+            raw, reached, _taken = ALPHA(p, column + (0.5 - p[0]), row + (0.5 - p[1]))
             alpha = tl.where(reached & (k < stop), tl.minimum(raw, _ALPHA_MAX), 0.0)
             weight = alpha * trans
             finished = trans - weight <= _TRANS_MIN  # never again afterwards: alpha is 0 then
@@ -260,7 +260,7 @@ def _composite_backward_kernel(
         after_following = tl.load(members + tl.maximum(i - 2, 0)).to(tl.int64)
         next_p = _load_row(params + following * PARAMS, PARAMS)
         dx, dy = column + (0.5 - p[0]), row + (0.5 - p[1])
-        raw, reached = ALPHA(p, dx, dy)
+        raw, reached, taken = ALPHA(p, dx, dy)
         hit = reached & (i < stop)
         alpha = tl.where(hit, tl.minimum(raw, _ALPHA_MAX), 0.0)
         inverse = 1.0 / (1.0 - alpha)
@@ -268,9 +268,9 @@ def _composite_backward_kernel(
         weight, value = alpha * trans, _sum_of_products(v_out, channels)
         v_alpha_here = tl.where(hit & (raw <= _ALPHA_MAX), trans * value - inverse * behind, 0.0)
         behind += weight * value
-        sums = _sums(TERMS(p, dx, dy, alpha, v_alpha_here))
+        sums = _sums(TERMS(p, dx, dy, alpha, v_alpha_here, taken))
         if ABSOLUTE:
-            sums += _sums(ABSOLUTE_TERMS(p, dx, dy, alpha, v_alpha_here))
+            sums += _sums(ABSOLUTE_TERMS(p, dx, dy, alpha, v_alpha_here, taken))
         for k in tl.static_range(DIMS + DEPTH):
             sums += (tl.sum(weight * v_out[k]),)
         _store_record(record, sums, RECORD)

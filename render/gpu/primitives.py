@@ -30,9 +30,10 @@ class Primitive:
     num_sums: int
     """How many sums over pixels the gradients of the parameters follow from."""
     alpha: Any
-    """(p, dx, dy) -> alpha, not clamped, and where it reaches ALPHA_MIN; NaN does not. Alpha is garbage elsewhere."""
+    """(p, dx, dy) -> alpha, not clamped, where it reaches ALPHA_MIN (NaN does not; alpha is garbage elsewhere), and a tuple of what
+    the next two take over."""
     terms: Any
-    """(p, dx, dy, alpha, v_alpha) -> what a pixel adds to each of the sums; 0 where `v_alpha` and `alpha` are."""
+    """(p, dx, dy, alpha, v_alpha, taken) -> what a pixel adds to each of the sums; 0 where `v_alpha` and `alpha` are."""
     absolute_terms: Any
     """The same -> |dL/dx| and |dL/dy|."""
     finish: Any
@@ -55,18 +56,18 @@ def _gaussian_alpha(p, dx, dy):
     """exp(log_opacity - (a dx^2 + c dy^2) / 2 - b dx dy) as a power of two."""
     xx, xy, yy, peak = (-0.5 * _LOG2E) * p[2], -_LOG2E * p[3], (-0.5 * _LOG2E) * p[4], _LOG2E * p[5]
     exponent = dx * (xx * dx + xy * dy) + (yy * dy * dy + peak)
-    return tl.exp2(exponent), exponent >= _LOG2_ALPHA_MIN
+    return tl.exp2(exponent), exponent >= _LOG2_ALPHA_MIN, ()
 
 
 @triton.jit
-def _gaussian_terms(p, dx, dy, alpha, v_alpha):
+def _gaussian_terms(p, dx, dy, alpha, v_alpha, taken):
     v = alpha * v_alpha
     vx, vy = v * dx, v * dy
     return v, vx, vy, vx * dx, vx * dy, vy * dy
 
 
 @triton.jit
-def _gaussian_absolute_terms(p, dx, dy, alpha, v_alpha):
+def _gaussian_absolute_terms(p, dx, dy, alpha, v_alpha, taken):
     v = alpha * v_alpha
     return tl.abs(v * (p[2] * dx + p[3] * dy)), tl.abs(v * (p[3] * dx + p[4] * dy))
 
@@ -121,11 +122,13 @@ def _convex_edges(p):
 
 
 @triton.jit
-def _convex_softmax(p, edges, dx, dy):
-    """phi = log sum_j exp(delta L_j), L_j the distance to edge j, with exponents of 2; then what its gradient takes: each edge's
-    exponential, 1 / their sum, the mean of the exponents that they weight, and the logistic function of -sigma phi.
+def _convex_alpha(p, dx, dy):
+    """opacity / (1 + exp(sigma phi)), phi = log sum_j exp(delta L_j) with L_j the distance to edge j. All exponents are of 2.
+
+    Takes over the edges, each one's exponential, 1 / their sum, phi, the mean of the exponents that they weight, and
+    alpha / opacity.
     """
-    scale = p[len(p) - 3] * _LOG2E
+    edges, scale = _convex_edges(p), p[len(p) - 3] * _LOG2E
     exponents = ()
     for i in tl.static_range(len(edges)):
         x, y = _convex_corner(p, i)
@@ -143,24 +146,15 @@ def _convex_softmax(p, edges, dx, dy):
         weighted += weights[i] * exponent
     phi, inverse = highest + tl.log2(total), 1.0 / total
     share = 1.0 / (1.0 + tl.exp2(p[len(p) - 2] * phi))
-    return phi, weights, inverse, highest + weighted * inverse, share
+    alpha = p[len(p) - 1] * share
+    return alpha, alpha >= _ALPHA_MIN, (edges, weights, inverse, phi, highest + weighted * inverse, share)
 
 
 @triton.jit
-def _convex_alpha(p, dx, dy):
-    """opacity / (1 + exp(sigma phi))."""
-    softmax = _convex_softmax(p, _convex_edges(p), dx, dy)
-    alpha = p[len(p) - 1] * softmax[4]
-    return alpha, alpha >= _ALPHA_MIN
-
-
-@triton.jit
-def _convex_terms(p, dx, dy, alpha, v_alpha):
+def _convex_terms(p, dx, dy, alpha, v_alpha, taken):
     """Of the opacity, sigma and delta, and of each edge: its share, and that by the position along it, 0 at its start and 1 at its
-    end. What `_convex_alpha` has computed the compiler takes from there.
-    """
-    edges = _convex_edges(p)
-    phi, weights, inverse, mean, share = _convex_softmax(p, edges, dx, dy)
+    end."""
+    edges, weights, inverse, phi, mean, share = taken
     v_opacity = alpha * v_alpha
     v_phi = v_opacity * (1.0 - share)
     terms = (v_opacity, v_phi * phi, v_phi * mean)
@@ -174,9 +168,8 @@ def _convex_terms(p, dx, dy, alpha, v_alpha):
 
 
 @triton.jit
-def _convex_absolute_terms(p, dx, dy, alpha, v_alpha):
-    edges = _convex_edges(p)
-    _, weights, inverse, _, share = _convex_softmax(p, edges, dx, dy)
+def _convex_absolute_terms(p, dx, dy, alpha, v_alpha, taken):
+    edges, weights, inverse, _, _, share = taken
     v_x, v_y = tl.zeros_like(dx), tl.zeros_like(dx)
     for i in tl.static_range(len(edges)):
         v_x += weights[i] * edges[i][0]

@@ -26,6 +26,7 @@ from prismfield.render.gpu.vectors import (
     product,
     scaled,
     store3,
+    store_sums,
     times,
     transform,
     transform_vjp,
@@ -245,14 +246,6 @@ def _project_forward_kernel(
 
 
 @triton.jit
-def _store_sums(to, v):
-    """The sums of three blocks, side by side."""
-    tl.store(to, tl.sum(v[0]))
-    tl.store(to + 1, tl.sum(v[1]))
-    tl.store(to + 2, tl.sum(v[2]))
-
-
-@triton.jit
 def _project_backward_kernel(
     means,
     quats,
@@ -303,10 +296,10 @@ def _project_backward_kernel(
         if CAMERA_GRADIENT:
             v_pose = v_poses + 12 * (block * cameras + index)
             here, around = keep(drawn, mean), (keep(drawn, axes[0]), keep(drawn, axes[1]), keep(drawn, axes[2]))
-            _store_sums(v_pose, add(scaled(here, v_position[0]), transform(around, v_view[0])))
-            _store_sums(v_pose + 3, add(scaled(here, v_position[1]), transform(around, v_view[1])))
-            _store_sums(v_pose + 6, add(scaled(here, v_position[2]), transform(around, v_view[2])))
-            _store_sums(v_pose + 9, v_position)
+            store_sums(v_pose, add(scaled(here, v_position[0]), transform(around, v_view[0])))
+            store_sums(v_pose + 3, add(scaled(here, v_position[1]), transform(around, v_view[1])))
+            store_sums(v_pose + 6, add(scaled(here, v_position[2]), transform(around, v_view[2])))
+            store_sums(v_pose + 9, v_position)
         seen += count
     # What is never drawn may be NaN, and 0 times that is not 0
     v_scale = add(times(rotation[0], v_axes[0]), add(times(rotation[1], v_axes[1]), times(rotation[2], v_axes[2])))

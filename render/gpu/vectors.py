@@ -24,6 +24,14 @@ def store3(rows, at, v, mask):
 
 
 @triton.jit
+def store_sums(to, v):
+    """The sums of three blocks, side by side."""
+    tl.store(to, tl.sum(v[0]))
+    tl.store(to + 1, tl.sum(v[1]))
+    tl.store(to + 2, tl.sum(v[2]))
+
+
+@triton.jit
 def keep(wanted, v):
     """`v`, 0 where not `wanted`, even if they are NaN there."""
     return tl.where(wanted, v[0], 0.0), tl.where(wanted, v[1], 0.0), tl.where(wanted, v[2], 0.0)
