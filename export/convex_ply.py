@@ -114,7 +114,9 @@ def _to_asset(table: NDArray, points: int, header: Header) -> ConvexAsset:
     with np.errstate(over="ignore"):  # what overflows becomes infinite and is refused
         return ConvexAsset(
             corners.reshape(-1, points, 3).astype(np.float64 if is_double else np.float32),
-            *(table[name].astype(np.float32) for name in _SHAPE),
+            table["delta"].astype(np.float32),
+            table["sigma"].astype(np.float32),
+            table["opacity"].astype(np.float32),
             harmonics(table).astype(np.float32),
             up=parse_up(header.notes.get("up", "")),
         )

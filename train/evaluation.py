@@ -19,7 +19,6 @@ from torch import Tensor
 from prismfield.datasets.views import Views
 from prismfield.render.cameras import Cameras
 from prismfield.representations.base import Representation, size_of
-from prismfield.representations.gaussians import Gaussians
 from prismfield.train.cli import choose_device, show_log, use_backend, use_threads
 from prismfield.train.contact_sheet import Row, check_picture, contact_sheet, make_row
 from prismfield.train.eval_cli import EvalConfig
@@ -177,15 +176,13 @@ def _wait(device: torch.device) -> None:
 
 
 def exported_bytes(run: Run) -> int:
-    """Size of Gaussians as the .ply of 3D Gaussian Splatting, of anything else as it is stored in a checkpoint."""
-    from prismfield.export.assets import SplatAsset  # not at the top: export builds on train
-    from prismfield.export.ply import ply_bytes
+    """Size as .ply of what can be written as one, of anything else as it is stored in a checkpoint."""
+    from prismfield.export.formats import ASSETS, FORMATS, asset_of  # not at the top: export builds on train
 
-    tensors = run.scene.tensors()
-    if not isinstance(run.scene, Gaussians):
-        return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    antialiased = run.scene.config.antialiased
-    return ply_bytes(SplatAsset.from_tensors(tensors, run.frame, antialiased=antialiased))
+    name = run.config.representation
+    if name in ASSETS and (size := FORMATS[name][".ply"].size) is not None:
+        return size(asset_of(run.scene, run.frame))
+    return sum(tensor.numel() * tensor.element_size() for tensor in run.scene.tensors().values())
 
 
 def protocol(run: Run, views: Views, split: str, *, use_masks: bool) -> str:
