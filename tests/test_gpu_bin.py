@@ -9,23 +9,26 @@ import torch
 from torch import Tensor
 
 from prismfield.render.ops.bin import Isects, bin_primitives, bin_reference
+from prismfield.render.ops.project_convexes import convex_primitive
 
+from .raster_fixtures import make_cameras
 from .test_bin import Screen, listing, make_screen
+from .test_gpu_project_convexes import make_convex_screen
 
 # The interpreter's: lanes that hold nothing compute nonsense that is dropped
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 
 
-def lists_of(screen: Screen, image: tuple[int, int], device: torch.device) -> Isects:
+def lists_of(screen: Screen, image: tuple[int, int], device: torch.device, primitive: str = "gaussian") -> Isects:
     params, depths, radii = (t.to(device) for t in screen)
-    found = bin_primitives("gaussian", params, depths, radii, image)
+    found = bin_primitives(primitive, params, depths, radii, image)
     names = ("ids", "rows", "tile_ranges", "row_starts")
     return Isects(*(getattr(found, name).cpu() for name in names), found.tile_size)
 
 
-def expected_lists(screen: Screen, image: tuple[int, int]) -> Isects:
+def expected_lists(screen: Screen, image: tuple[int, int], primitive: str = "gaussian") -> Isects:
     params, depths, radii = (t.double() for t in screen)
-    return Isects(*bin_reference("gaussian", params, depths, radii, *image, 16), 16)
+    return Isects(*bin_reference(primitive, params, depths, radii, *image, 16), 16)
 
 
 def assert_consistent(isects: Isects) -> None:
@@ -58,6 +61,31 @@ def test_against_the_reference(
     if len(ours) == len(theirs):
         for name in ("ids", "rows", "tile_ranges", "row_starts"):
             assert torch.equal(getattr(got, name), getattr(wanted, name)), name
+
+
+@pytest.mark.parametrize(("count", "points"), [(60, 3), (60, 6), (40, 9)])
+def test_convexes_against_the_reference(count: int, points: int, triton_device: torch.device) -> None:
+    """The same lists; the outline is slightly enlarged, so that one in hundreds may have a tile more, but never one less."""
+    image, name = (131, 70), convex_primitive(points)
+    screen = make_convex_screen(count, points, make_cameras(1, *image))
+    got, wanted = lists_of(screen, image, triton_device, name), expected_lists(screen, image, name)
+    ours, theirs = listing(got), set(listing(wanted))
+    assert len(theirs) > 200
+    assert [pair for pair in ours if pair in theirs] == listing(wanted)
+    assert len(ours) - len(theirs) <= len(theirs) / 200
+    assert_consistent(got)
+
+
+@pytest.mark.parametrize("column", [0, 1, 5, 6, 14, 15, 16])
+def test_convexes_that_are_not_numbers(column: int, triton_device: torch.device) -> None:
+    """They are in no list, and the others' are as they were."""
+    params, depths, radii = make_convex_screen(3, 6, make_cameras(1, 60, 40))
+    alone = lists_of((params[:, ::2], depths[:, ::2], radii[:, ::2]), (60, 40), triton_device, "convex6")
+    params[0, 1, column] = math.nan
+    radii[0, 1] = 99.0
+    got = lists_of((params, depths, radii), (60, 40), triton_device, "convex6")
+    assert len(alone.ids) > 0
+    assert listing(got) == [(tile, 2 * i) for tile, i in listing(alone)]
 
 
 def discs(centers: list[list[float]], sigma: float, depths: list[float]) -> Screen:

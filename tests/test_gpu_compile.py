@@ -24,10 +24,11 @@ from prismfield.render.ops.composite import MAX_CHANNELS
 from prismfield.render.ops.march import composite_samples, distortion_loss, march_occupancy
 from prismfield.render.ops.project import project
 from prismfield.render.ops.ssim import photometric_loss
-from prismfield.render.rasterize import rasterize
+from prismfield.render.rasterize import rasterize, rasterize_convexes
 
 from .gpu_compile import TARGETS, describe
 from .raster_fixtures import make_cameras, make_gaussians
+from .test_gpu_project_convexes import make_leaves
 
 # The interpreter's: lanes that hold nothing compute nonsense that is dropped
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
@@ -73,6 +74,19 @@ def run_rasterizer(device: torch.device) -> None:
         rasterize("gaussian", (screen[0], screen[1], screen[2]), features, cameras).rgb.sum().backward()
 
 
+def run_convexes(device: torch.device) -> None:
+    """Of 6 points, plainly and with everything, and of 12."""
+    cameras = make_cameras(1, 19, 13)
+    forms: list[tuple[int, tuple[str, ...]]] = [(6, ()), (6, ("depth", "median_depth", "absgrad")), (12, ())]
+    for points, extras in forms:
+        leaves = [t.to(device).requires_grad_() for t in make_leaves(2, points, cameras)]
+        leaves[4].requires_grad_(bool(extras))
+        sh = (torch.rand(2, 1, 3, device=device), torch.rand(2, 0, 3, device=device))
+        seen = replace(cameras.to(device), viewmats=leaves[4])
+        out = rasterize_convexes(*leaves[:4], sh, seen, sh_degree=0, extras=extras)
+        (out.rgb.sum() + (0 if out.depth is None else out.depth.sum())).backward()
+
+
 def run_grid(device: torch.device) -> None:
     kinds: tuple[Cells, Cells] = ("cubes", "simplices")
     forms: list[tuple[int, Cells, int, bool]] = [
@@ -115,7 +129,15 @@ def run_marcher(device: torch.device) -> None:
         (out.features.sum() + out.alpha.sum() + out.distance.sum()).backward()
 
 
-RUNS: list[Callable[[torch.device], None]] = [run_adam, run_loss, run_rasterizer, run_grid, run_mlp, run_marcher]
+RUNS: list[Callable[[torch.device], None]] = [
+    run_adam,
+    run_loss,
+    run_rasterizer,
+    run_convexes,
+    run_grid,
+    run_mlp,
+    run_marcher,
+]
 """What starts the kernels, as training and rendering do."""
 
 

@@ -356,7 +356,8 @@ def composite_forward(
         first = start == 0
         options: dict[str, Any] = {"ALPHA": chosen.alpha, "PARAMS": chosen.num_params, "DIMS": min(GROUP, dims - start)}
         options |= {"FIRST": first, "DEPTH": first and depth.numel() > 0, "MEDIAN": first and median.numel() > 0}
-        options["num_warps"] = 2 if options["DIMS"] + options["DEPTH"] <= 4 else 4  # as many as registers allow
+        warps = 2 if options["DIMS"] + options["DEPTH"] <= 4 else 4  # as many as registers allow
+        options["num_warps"] = max(warps, chosen.warps)
         sizes = (*_sizes(width, height), dims, start)
         launch(_composite_forward_kernel, (len(tile_ranges) - 1,), *tensors, *outputs[:6], *sizes, **options)
 
@@ -394,6 +395,7 @@ def composite_backward(
     functions = {"ALPHA": chosen.alpha, "TERMS": chosen.terms, "ABSOLUTE_TERMS": chosen.absolute_terms}
     warps = next(warps for warps in (1, 2, 4, 8) if dims + has_depth <= 4 * warps or warps == 8)
     image = _sizes(width, height)
+    warps = max(warps, chosen.warps)
     launch(_composite_backward_kernel, (tiles,), *tensors, *image, **functions, **sizes, num_warps=warps)
     torch.sum(v_backgrounds.view(len(background), -1, dims), 1, out=out_background)
     _sum_records(chosen, params, row_starts, records, out_params, out_features, out_depths, out_absgrad, sizes)
@@ -413,7 +415,8 @@ def _sum_records(
     if not sizes["DEPTH"]:
         out_depths.zero_()
     count, room = out_depths.numel(), max(16, triton.next_power_of_2(sizes["RECORD"]))
-    block = max(1, 128 // room)
+    warps = 2 if chosen.num_sums <= 8 else 1  # each lane holds all sums of its primitives
+    block = max(1, 64 * warps // room)
     tensors = (params, row_starts, records, out_params, out_features, out_depths, out_absgrad)
-    options = {"FINISH": chosen.finish, "SUMS": chosen.num_sums, "ROOM": room, "BLOCK": block, "num_warps": 2}
+    options = {"FINISH": chosen.finish, "SUMS": chosen.num_sums, "ROOM": room, "BLOCK": block, "num_warps": warps}
     launch(_sum_records_kernel, (cdiv(count, block),), *tensors, count, **sizes, **options)

@@ -40,6 +40,8 @@ class Primitive:
     """(p, sums) -> gradients of the parameters."""
     row_span: Any
     """(p, y0, y1) -> leftmost and rightmost x that reach ALPHA_MIN between two heights; left > right if none, or NaN."""
+    warps: int = 1
+    """How many a tile it takes at least for compositing not to spill registers."""
 
 
 @triton.jit
@@ -260,6 +262,7 @@ def _convex(room: int) -> Primitive:
         absolute_terms=_convex_absolute_terms,
         finish=_convex_finish,
         row_span=_convex_row_span,
+        warps=4,
     )
 
 
