@@ -50,19 +50,19 @@ class ConvexesConfig:
     """Harmonics stored, 0 (one colour from everywhere) to 3."""
     sh_interval: float = 1 / 30
     """Share of the training after which one more degree of harmonics is used."""
-    init_opacity: float = 0.1
+    init_opacity: float = 0.3
     """Opacity of a convex made from a point, in (0, 1)."""
     init_scale: float = 1.2
     """Radius of a convex made from a point, in distances to its nearest neighbours."""
-    init_delta: float = 10.0
+    init_delta: float = 5.0
     """Its smoothness, per radius."""
-    init_sigma: float = 0.5
+    init_sigma: float = 1.0
     """Its sharpness."""
-    points_lr: float = 6.4e-4
-    points_lr_final: float = 1.9e-5
+    points_lr: float = 2e-3
+    points_lr_final: float = 2e-5
     """What `points_lr` decays to, exponentially, over the training."""
-    log_deltas_lr: float = 1e-2
-    log_sigmas_lr: float = 1e-2
+    log_deltas_lr: float = 5e-3
+    log_sigmas_lr: float = 5e-3
     opacity_logits_lr: float = 5e-2
     sh0_lr: float = 1e-2
     shN_lr: float = 2e-3

@@ -63,20 +63,20 @@ def test_against_the_reference(
             assert torch.equal(getattr(got, name), getattr(wanted, name)), name
 
 
-@pytest.mark.parametrize(("count", "points"), [(60, 3), (60, 6), (40, 9)])
+@pytest.mark.parametrize(("count", "points"), [(60, 3), (60, 6), (25, 9)])
 def test_convexes_against_the_reference(count: int, points: int, triton_device: torch.device) -> None:
     """The same lists; the outline is slightly enlarged, so that one in hundreds may have a tile more, but never one less."""
     image, name = (131, 70), convex_primitive(points)
     screen = make_convex_screen(count, points, make_cameras(1, *image))
     got, wanted = lists_of(screen, image, triton_device, name), expected_lists(screen, image, name)
     ours, theirs = listing(got), set(listing(wanted))
-    assert len(theirs) > 200
+    assert len(theirs) > 100
     assert [pair for pair in ours if pair in theirs] == listing(wanted)
     assert len(ours) - len(theirs) <= len(theirs) / 200
     assert_consistent(got)
 
 
-@pytest.mark.parametrize("column", [0, 1, 5, 6, 14, 15, 16])
+@pytest.mark.parametrize("column", [0, 5, 14, 16])
 def test_convexes_that_are_not_numbers(column: int, triton_device: torch.device) -> None:
     """They are in no list, and the others' are as they were."""
     params, depths, radii = make_convex_screen(3, 6, make_cameras(1, 60, 40))

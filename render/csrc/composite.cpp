@@ -106,7 +106,7 @@ void forward_tile(const Scene &s, const ForwardOut &out, int tile_index) {
     const Primitive primitive(batch.params[i % kBatch]);
     const float *channel = batch.channels[i % kBatch];
     const uint64_t reached = batch.covered[i % kBatch] & alive;
-    out.masks[begin + i] = static_cast<int64_t>(reached);
+    uint64_t touched = reached;  // without the blocks that it misses after all: the backward pass need not look
     const float offset_x = tile.x - primitive.x, offset_y = tile.y - primitive.y;
     for (uint64_t rest = reached; rest; rest &= rest - 1) {
       const int b = std::countr_zero(rest);
@@ -114,6 +114,7 @@ void forward_tile(const Scene &s, const ForwardOut &out, int tile_index) {
       vf raw;
       typename Primitive::Pixels pixels;
       const vm hit = both(primitive.alpha(kGrid.x[b] + offset_x, kGrid.y[b] + offset_y, raw, pixels), block.live);
+      touched &= ~(static_cast<uint64_t>(!any(hit)) << b);
       const vf alpha = keep(hit, min(raw, broadcast(kAlphaMax)));
       const vf after = block.trans - alpha * block.trans;
       const vm finished = le(after, broadcast(kTransMin));
@@ -131,6 +132,7 @@ void forward_tile(const Scene &s, const ForwardOut &out, int tile_index) {
         if (!any(block.live)) alive &= ~(uint64_t{1} << b);
       }
     }
+    out.masks[begin + i] = static_cast<int64_t>(touched);
   }
   std::fill(out.masks + begin + i, out.masks + begin + length, 0);
   for (int b = 0; b < kBlocks; b++) {

@@ -7,6 +7,20 @@
 
 namespace pf {
 
+// Base-2 logarithm of normal positive x, absolute error 1e-7; without the division of `log`.
+PF_INLINE vf log2(vf x) {
+  const vi bits = (vi)x, exponent = (bits - 0x3f3504f3) >> 23;  // mantissa into [sqrt(1/2), sqrt(2))
+  const vf m = (vf)(bits - (exponent << 23)) - 1.f;
+  vf p = m * -0.146207051f + 0.234215370f;
+  p = p * m - 0.248822883f;
+  p = p * m + 0.287075032f;
+  p = p * m - 0.360241863f;
+  p = p * m + 0.480924054f;
+  p = p * m - 0.721352761f;
+  p = p * m + 1.442694958f;
+  return to_float(exponent) + p * m;
+}
+
 // alpha = opacity / (1 + exp(sigma phi)), phi = log sum_j exp(delta L_j), with L_j the signed distance to edge j. All
 // exponents are of 2.
 template <int Room>
@@ -14,10 +28,10 @@ struct Convex {
   static constexpr int kParams = 2 * Room + 5;  // x, y, corners relative to it, delta, sigma, opacity
   static constexpr int kSums = 2 * Room + 3;
   struct Pixels {
-    vf weights[Room];  // softmax over the edges
-    vf share;          // alpha / opacity
+    vf weights[Room], inverse;  // of the edges; and what makes their sum 1
+    vf share;                   // alpha / opacity
     vf phi;
-    vf mean;           // of the exponents, weighted
+    vf mean;                    // of the exponents, weighted
   };
 
   explicit Convex(const float *p)
@@ -54,29 +68,29 @@ struct Convex {
       total += pixels.weights[i];
       weighted += pixels.weights[i] * exponent;
     }
-    const vf inverse = reciprocal(total);
-    for (int i = 0; i < edges; i++) pixels.weights[i] *= inverse;
-    pixels.mean = highest + weighted * inverse;
-    pixels.phi = highest + kLog2e * log(total);
-    pixels.share = reciprocal(1.f + exp2(min(max(sigma * pixels.phi, broadcast(kLeast)), broadcast(-kLeast))));
+    pixels.inverse = reciprocal(total);
+    pixels.mean = highest + weighted * pixels.inverse;
+    pixels.phi = highest + log2(total);
+    const vf steep = sigma * pixels.phi, power = exp2(max(-abs(steep), broadcast(kLeast)));
+    pixels.share = select(lt(steep, vf{}), broadcast(1.f), power) * reciprocal(1.f + power);
     alpha = opacity * pixels.share;
     return ge(alpha, broadcast(kAlphaMin));
   }
 
   PF_INLINE void accumulate(vf dx, vf dy, vf alpha, vf v_alpha, const Pixels &pixels, vf *sums) const {
-    const vf v_opacity = alpha * v_alpha, v_phi = v_opacity * (1.f - pixels.share);
+    const vf v_opacity = alpha * v_alpha, v_phi = v_opacity * (1.f - pixels.share), v_weight = v_phi * pixels.inverse;
     sums[0] += v_opacity;
     sums[1] += v_phi * pixels.phi;
     sums[2] += v_phi * pixels.mean;
     for (int i = 0; i < edges; i++) {
-      const vf v = v_phi * pixels.weights[i];
+      const vf v = v_weight * pixels.weights[i];
       sums[3 + 2 * i] += v;
       sums[4 + 2 * i] += v * (along_x[i] * dx + (along_y[i] * dy + along[i]));
     }
   }
 
   PF_INLINE void accumulate_absolute(vf, vf, vf alpha, vf v_alpha, const Pixels &pixels, vf *sums) const {
-    const vf v_phi = (sigma * delta) * alpha * v_alpha * (1.f - pixels.share);
+    const vf v_phi = (sigma * delta) * alpha * v_alpha * (1.f - pixels.share) * pixels.inverse;
     vf v_x{}, v_y{};
     for (int i = 0; i < edges; i++) v_x += pixels.weights[i] * normal_x[i], v_y += pixels.weights[i] * normal_y[i];
     sums[0] += abs(v_phi * v_x);

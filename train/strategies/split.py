@@ -8,10 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from prismfield.render.output import RenderOutput
 from prismfield.representations.convexes import Convexes
 from prismfield.train.strategies.adc import Adc
 from prismfield.train.strategies.config import SplitConfig
 from prismfield.train.strategies.rows import append_rows, replace_rows
+
+_ABSGRAD_THRESHOLD, _SIGMA_THRESHOLD = 0.0008, 2.5e-5
 
 
 class Split(Adc):
@@ -24,6 +27,14 @@ class Split(Adc):
 
     def __init__(self, config: SplitConfig, scene: Convexes, *, max_primitives: int, seed: int) -> None:
         super().__init__(config, scene, max_primitives=max_primitives, seed=seed)  # type: ignore[arg-type]
+        self.threshold = config.grad_threshold or (_ABSGRAD_THRESHOLD if config.absgrad else _SIGMA_THRESHOLD)
+
+    def _gradients(self, out: RenderOutput) -> Tensor:
+        """The gradient of the position, or of the sharpness."""
+        if self.config.absgrad:
+            return super()._gradients(out)
+        assert out.params is not None and out.params.grad is not None
+        return out.params.grad[..., -2].abs() * len(out.alpha)
 
     @torch.no_grad()
     def _grow(self, progress: float, scene: Convexes, optimizer: torch.optim.Optimizer) -> Tensor:  # type: ignore[override]
