@@ -181,7 +181,7 @@ def test_bad_arguments_are_named() -> None:
             bin_primitives("gaussian", *arguments, (70, 45))
     with pytest.raises(ValueError, match=r"^depths: expected dtype torch\.float32"):
         bin_primitives("gaussian", params, depths.double(), radii, (70, 45))
-    with pytest.raises(ValueError, match="primitive: expected one of gaussian, got 'triangle'"):
+    with pytest.raises(ValueError, match="primitive: expected one of gaussian, convex6, convex12, got 'triangle'"):
         bin_primitives("triangle", params, depths, radii, (70, 45))
 
 

@@ -23,7 +23,7 @@ struct Hull {
         for (int right = middle + 1; right < K; right++) {
           const vf turn = (px[right] - px[left]) * (py[middle] - py[left]) - (py[right] - py[left]) * (px[middle] - px[left]);
           vm below = lt(turn, vf{}), above = lt(vf{}, turn);
-          if (right < K - 1) {  // of points that coincide the last one counts, or the very last point of all
+          if (right < K - 1) {  // of points that coincide the first counts, but of those at the right end the last
             const vm same = both(equal(px[middle], px[right]), equal(py[middle], py[right]));
             below = either(below, same), above = either(above, same);
           }

@@ -100,7 +100,7 @@ def hull_order(points: Tensor) -> tuple[Tensor, Tensor]:
             for right in range(middle + 1, count):
                 turn = (x[..., right] - x[..., left]) * (y[..., middle] - y[..., left])
                 turn = turn - (y[..., right] - y[..., left]) * (x[..., middle] - x[..., left])
-                # Of points that coincide the last one counts, or the very last point of all
+                # Of points that coincide the first counts, but of those at the right end the last
                 same = (x[..., middle] == x[..., right]) & (y[..., middle] == y[..., right]) & (right < count - 1)
                 lower[..., middle] &= (turn < 0) | same
                 upper[..., middle] &= (turn > 0) | same
