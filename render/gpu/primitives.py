@@ -147,7 +147,7 @@ def _convex_alpha(p, dx, dy):
         total += weights[i]
         weighted += weights[i] * exponent
     phi, inverse = highest + tl.log2(total), 1.0 / total
-    share = 1.0 / (1.0 + tl.exp2(p[len(p) - 2] * phi))
+    share = 1.0 / (1.0 + tl.exp2(tl.minimum(p[len(p) - 2] * phi, 126.0)))
     alpha = p[len(p) - 1] * share
     return alpha, alpha >= _ALPHA_MIN, (edges, weights, inverse, phi, highest + weighted * inverse, share)
 

@@ -66,7 +66,8 @@ def _chains(x, y, middle: tl.constexpr, K: tl.constexpr):
     """Whether a point among K sorted ones is a corner of the lower and of the upper chain."""
     lower, upper = x[0] == x[0], x[0] == x[0]
     for right in tl.static_range(middle + 1, K):
-        # Of points that coincide the last one counts, or the very last point of all: a fused product may round its turn to anything
+        # Of points that coincide the first counts, but of those at the right end the last. There the turn would be 0, but that fused
+        # products round it to anything
         same = (x[middle] == x[right]) & (y[middle] == y[right])
         for left in tl.static_range(middle):
             turn = (x[right] - x[left]) * (y[middle] - y[left]) - (y[right] - y[left]) * (x[middle] - x[left])
