@@ -102,7 +102,8 @@ def verify(scene: Scene, asset: Asset, path: Path) -> tuple[float, int]:
     from prismfield.export.library import render, scene_of
     from prismfield.train.metrics import psnr
 
-    again = scene_of(asset, path)
+    # In the same frame: in another one the near plane is elsewhere, and large convexes that reach it come and go.
+    again = scene_of(asset, path, frame=scene.frame)
     cameras = _some_cameras(scene)
     with torch.no_grad():
         pairs = [[render(s, camera, scene.background).rgb.clamp(0, 1) for s in (scene, again)] for camera in cameras]

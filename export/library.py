@@ -106,9 +106,9 @@ def load(path: str | os.PathLike[str], *, step: int | None = None, device: torch
     return scene_of(read_asset(path), path, device=device)
 
 
-def scene_of(asset: Asset, path: Path, *, device: torch.device | str = "cpu") -> Scene:
-    """A scene made of the primitives in `asset`; `path` is the name it goes by."""
-    frame = content_frame(asset)
+def scene_of(asset: Asset, path: Path, *, frame: SceneFrame | None = None, device: torch.device | str = "cpu") -> Scene:
+    """A scene made of the primitives in `asset`, drawn in `frame` (None: its own); `path` is the name it goes by."""
+    frame = frame or content_frame(asset)
     made = REPRESENTATIONS[asset.representation].from_tensors(asset.to_tensors(frame), asset.config())
     representation: Any = made  # a module
     return Scene(path, _frozen(representation.to(device)), frame, 0.0, None)

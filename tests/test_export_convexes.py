@@ -229,7 +229,7 @@ def test_a_run_is_exported_loaded_and_goes_on(run: Path, tmp_path: Path) -> None
     path = tmp_path / "scene.ply"
     done = command("export.cli", run, "--to", path)
     assert done.returncode == 0, done.stderr
-    assert re.search(r"read back and rendered: (100 dB PSNR or more|[6-9]\d\.\d dB PSNR)", done.stdout)
+    assert re.search(r"read back and rendered: (100 dB PSNR or more|[89]\d\.\d dB PSNR)", done.stdout)
     tensors = load_file(run / "checkpoints/step_00000004/tensors.safetensors")
     frame = SceneFrame.from_dict(json.loads((run / "checkpoints/step_00000004/state.json").read_text())["frame"])
     points = tensors["scene.points"].double().numpy() / frame.scale + np.array(frame.center)
@@ -237,8 +237,8 @@ def test_a_run_is_exported_loaded_and_goes_on(run: Path, tmp_path: Path) -> None
     scene, ply = pf.load(run), pf.load(path)
     assert ply.num_primitives == len(points) and ply.up == pytest.approx(scene.up) and ply.frame != scene.frame
     camera = scene.cameras()[0]
-    with torch.no_grad():
-        assert psnr(pf.render(scene, camera).rgb, pf.render(ply, camera).rgb) > 60
+    with torch.no_grad():  # the near plane is in units of the frame, so a convex that reaches the camera may come or go
+        assert psnr(pf.render(scene, camera).rgb, pf.render(ply, camera).rgb) > 45
     words = ["--representation", "convexes", "--init", path, "--steps", 1, "--out", tmp_path / "on"]
     done = command("train.cli", *SMALL, *words)
     assert done.returncode == 0, done.stderr
