@@ -40,9 +40,14 @@ class GaussiansConfig:
         return _degree_at(self.sh_degree, self.sh_interval, progress)
 
 
+RATED_SIZE = 0.1
+"""Distance of a convex's points from its centre, scene units, at which they have the learning rate of its config."""
+
+
 @dataclass(frozen=True)
 class ConvexesConfig:
-    """Smooth convexes. Learning rates are Adam's, per step; those of `points` are in scene units."""
+    """Smooth convexes. Learning rates are Adam's, per step; that of `points` is in scene units, for a convex whose points lie
+    0.1 from its centre, and in proportion to that distance for others."""
 
     points: int = 6
     """Of each convex, 3 to 12."""
@@ -58,8 +63,8 @@ class ConvexesConfig:
     """Its smoothness, per radius."""
     init_sigma: float = 1.0
     """Its sharpness."""
-    points_lr: float = 2e-3
-    points_lr_final: float = 2e-5
+    points_lr: float = 5e-3
+    points_lr_final: float = 1e-4
     """What `points_lr` decays to, exponentially, over the training."""
     log_deltas_lr: float = 5e-3
     log_sigmas_lr: float = 5e-3

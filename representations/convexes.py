@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from prismfield.render.cameras import Cameras
 from prismfield.render.output import RenderOutput
 from prismfield.render.rasterize import rasterize_convexes
-from prismfield.representations.config import ConvexesConfig
+from prismfield.representations.config import RATED_SIZE, ConvexesConfig
 from prismfield.representations.splats import Splats
 
 
@@ -45,6 +45,11 @@ class Convexes(Splats):
         return self.points.mean(1)
 
     @property
+    def sizes(self) -> Tensor:
+        """[N] root mean square distance of the points from the centre, scene units."""
+        return self.points.var(1, unbiased=False).sum(-1).clamp(min=1e-24).sqrt()
+
+    @property
     def scales(self) -> Tensor:
         """[N, 3] standard deviations of the points along the axes of the scene, scene units."""
         return self.points.var(1, unbiased=False).clamp(min=1e-24).sqrt()
@@ -58,6 +63,14 @@ class Convexes(Splats):
     def sigmas(self) -> Tensor:
         """[N] sharpness."""
         return self.log_sigmas.exp()
+
+    def param_groups(self) -> list[dict[str, Any]]:
+        """One group a parameter, with the rates of the config; points move in proportion to the size of their convex."""
+        groups = super().param_groups()
+        for group in groups:
+            if group["name"] == "points":
+                group["row_rates"] = lambda: self.sizes.detach() / RATED_SIZE
+        return groups
 
     def draw(self, cameras: Cameras, background: Tensor | None, extras: Collection[str]) -> RenderOutput:
         """The whole images."""

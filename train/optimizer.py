@@ -15,7 +15,8 @@ class FusedAdam(torch.optim.Optimizer):
     """Adam (arXiv:1412.6980) whose groups hold one named parameter each.
 
     `state[parameter]` has `exp_avg`, `exp_avg_sq` (shaped like the parameter) and `step` (an int); strategies that add or
-    drop rows change the two tensors together with the parameter. A parameter without a gradient is left alone.
+    drop rows change the two tensors together with the parameter. A parameter without a gradient is left alone. Where a group
+    has `row_rates`, a function that returns [N], each row's learning rate is that many times `lr`.
     """
 
     def __init__(
@@ -45,6 +46,8 @@ class FusedAdam(torch.optim.Optimizer):
                         "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.contiguous_format),
                     }
                 state["step"] += 1
+                rates = group["row_rates"]() if "row_rates" in group else None
+                before = None if rates is None else parameter.clone()
                 adam_step(
                     parameter,
                     parameter.grad,
@@ -58,6 +61,8 @@ class FusedAdam(torch.optim.Optimizer):
                     if rows is not None and len(rows) == len(parameter) and group.get("sparse", True)
                     else None,
                 )
+                if before is not None:
+                    parameter.sub_(before).mul_(rates.view(-1, *[1] * (parameter.dim() - 1))).add_(before)
 
     def tensors(self) -> dict[str, Tensor]:
         """The moments by name ("means.exp_avg", ...), for a checkpoint."""
