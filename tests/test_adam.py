@@ -159,6 +159,21 @@ class TestFusedAdam:
             assert torch.equal(changed, rows)
         assert (scene.extra != before["extra"]).all()
 
+    def test_rates_of_rows(self) -> None:
+        """Each row's step is so many times that of the group's rate; hidden rows do not move."""
+        plain, rated = make_scene(), make_scene()
+        rates = torch.tensor([0.0, 0.5, 1.0, 2.0, 10.0, 1e-3])
+        rows = torch.tensor([True, True, True, True, True, False])
+        start = {name: value.detach().clone() for name, value in plain.named_parameters()}
+        for scene, options in ((plain, {}), (rated, {"row_rates": lambda: rates})):
+            optimizer = FusedAdam([group | options for group in groups(scene)])
+            error(scene).backward()
+            optimizer.step(rows=rows)
+        for name, value in rated.named_parameters():
+            steps = (plain.get_parameter(name) - start[name]) * rates.view(-1, *[1] * (value.dim() - 1))
+            torch.testing.assert_close(value, start[name] + steps, rtol=1e-6, atol=1e-7)
+            assert (steps[:5].flatten(1).abs().amax(1) > 0).sum() == 4 and torch.equal(value[5], start[name][5])
+
     def test_parameter_without_gradient_is_left_alone(self) -> None:
         scene = make_scene()
         optimizer = FusedAdam(groups(scene))

@@ -14,7 +14,7 @@ from prismfield.export.assets import SplatAsset
 from prismfield.export.ply import read_ply, write_ply
 from prismfield.render.cameras import Cameras
 from prismfield.representations.base import REPRESENTATIONS, Representation
-from prismfield.representations.config import FieldConfig, GaussiansConfig, HollowConfig, VoxelConfig
+from prismfield.representations.config import ConvexesConfig, FieldConfig, GaussiansConfig, HollowConfig, VoxelConfig
 
 _SIZES: dict[str, Any] = {
     "levels": 4,
@@ -28,6 +28,7 @@ _SIZES: dict[str, Any] = {
 _FIELD = FieldConfig(log2_rows=12, extent="box", **_SIZES)
 CONFIGS: dict[str, Any] = {
     "gaussians": GaussiansConfig(sh_degree=2, init_opacity=0.6),
+    "convexes": ConvexesConfig(sh_degree=2, init_opacity=0.6),
     "hash": _FIELD,
     "simplex": _FIELD,
     "triplane": _FIELD,

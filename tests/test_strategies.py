@@ -13,16 +13,22 @@ from torch import Tensor
 from prismfield.render.cameras import Cameras
 from prismfield.render.ops.project import rotation_matrices
 from prismfield.render.output import RenderOutput
-from prismfield.representations.config import TRAINED_BY, GaussiansConfig
+from prismfield.representations.base import REPRESENTATIONS
+from prismfield.representations.config import TRAINED_BY, ConvexesConfig, GaussiansConfig
 from prismfield.representations.gaussians import Gaussians
+from prismfield.representations.splats import Splats
 from prismfield.train.strategies import mcmc
 from prismfield.train.strategies.adc import Adc
 from prismfield.train.strategies.base import STRATEGIES
-from prismfield.train.strategies.config import AdcConfig, McmcConfig
+from prismfield.train.strategies.config import AdcConfig, McmcConfig, SplitConfig
 from prismfield.train.strategies.mcmc import MAX_COPIES, Mcmc, divided
 from prismfield.train.strategies.rows import append_rows, keep_rows, replace_rows
 from prismfield.train.strategies.schedule import Schedule
 
+SPLATS: dict[str, Any] = {
+    "gaussians": GaussiansConfig(sh_degree=1, sh_interval=0.2, means_lr=1e-2),
+    "convexes": ConvexesConfig(sh_degree=1, sh_interval=0.2, points=4, init_opacity=0.1),
+}
 AABB = torch.tensor([[-1.0, -1.0, -1.0], [1.0, 1.0, 1.0]])
 
 
@@ -35,6 +41,14 @@ def make_scene(count: int = 12, **options: Any) -> Gaussians:
     return scene
 
 
+def make_splats(kind: str, count: int = 40) -> Splats:
+    generator = torch.Generator().manual_seed(5)
+    xyz, rgb = torch.rand(2, count, 3, generator=generator)
+    scene = REPRESENTATIONS[kind].from_points(xyz * 2 - 1, rgb, AABB, SPLATS[kind])
+    assert isinstance(scene, Splats)
+    return scene
+
+
 def make_camera(distance: float = 3.0) -> Cameras:
     viewmat = torch.eye(4)
     viewmat[:3, :3] = torch.tensor([[0.8, 0, 0.6], [0, 1, 0], [-0.6, 0, 0.8]])
@@ -43,12 +57,12 @@ def make_camera(distance: float = 3.0) -> Cameras:
     return Cameras(viewmat[None], Ks, 46, 33)
 
 
-def make_optimizer(scene: Gaussians) -> torch.optim.Adam:
+def make_optimizer(scene: Splats) -> torch.optim.Adam:
     return torch.optim.Adam(scene.param_groups(), eps=1e-15)
 
 
 def step_once(
-    scene: Gaussians, optimizer: torch.optim.Optimizer, extras: tuple[str, ...] = (), distance: float = 3.0
+    scene: Splats, optimizer: torch.optim.Optimizer, extras: tuple[str, ...] = (), distance: float = 3.0
 ) -> RenderOutput:
     out = scene.render(make_camera(distance), extras=extras)
     optimizer.zero_grad(set_to_none=True)
@@ -57,11 +71,11 @@ def step_once(
     return out
 
 
-def moments(scene: Gaussians, optimizer: torch.optim.Optimizer, key: str = "exp_avg") -> dict[str, Tensor]:
+def moments(scene: Splats, optimizer: torch.optim.Optimizer, key: str = "exp_avg") -> dict[str, Tensor]:
     return {name: optimizer.state[p][key].clone() for name, p in scene.named_parameters()}
 
 
-def assert_attached(scene: Gaussians, optimizer: torch.optim.Optimizer) -> None:
+def assert_attached(scene: Splats, optimizer: torch.optim.Optimizer) -> None:
     """The optimizer holds the scene's parameters and nothing else, with moments of their shapes."""
     parameters = dict(scene.named_parameters())
     assert {g["name"]: id(g["params"][0]) for g in optimizer.param_groups} == {n: id(p) for n, p in parameters.items()}
@@ -477,30 +491,31 @@ class TestMcmc:
             torch.testing.assert_close(part.T.cov(), expected, atol=0.12 * expected.abs().max().item(), rtol=0)
 
 
-@pytest.mark.parametrize("name", sorted(TRAINED_BY["gaussians"]))
+@pytest.mark.parametrize(("kind", "name"), [(kind, name) for kind in SPLATS for name in sorted(TRAINED_BY[kind])])
 class TestEveryStrategy:
     TOTAL = 60
 
-    def start(self, name: str) -> tuple[Gaussians, torch.optim.Optimizer, Any]:
-        scene = make_scene(count=40, sh_interval=0.2, means_lr=1e-2)
+    def start(self, kind: str, name: str) -> tuple[Splats, torch.optim.Optimizer, Any]:
+        scene = make_splats(kind)
         adc = AdcConfig("budget", start=4, interval=4, min_interval=4, reset_interval=13, stop=0.8, max_extent=0)
         config = {
             "adc": adc,
             "mcmc": McmcConfig(start=4, interval=4, min_interval=4, growth=0.1, noise=10.0),
+            "split": SplitConfig(start=4, interval=4, min_interval=4, reset_interval=13, stop=0.8, min_opacity=0.005),
             "fixed": None,
         }[name]
         return scene, make_optimizer(scene), STRATEGIES[name](config, scene, max_primitives=90, seed=7)
 
-    def go(self, scene: Gaussians, optimizer: Any, strategy: Any, steps: range) -> None:
+    def go(self, scene: Splats, optimizer: Any, strategy: Any, steps: range) -> None:
         for step in steps:
             # The near camera does not see all of them.
             out = step_once(scene, optimizer, tuple(strategy.extras), 3.0 if step % 3 else 0.5)
             strategy.after_step(step, (step + 1) / self.TOTAL, scene, optimizer, out)
             assert_attached(scene, optimizer)
 
-    def test_resume_is_exact(self, name: str) -> None:
+    def test_resume_is_exact(self, kind: str, name: str) -> None:
         torch.manual_seed(0)
-        scene, optimizer, strategy = self.start(name)
+        scene, optimizer, strategy = self.start(kind, name)
         self.go(scene, optimizer, strategy, range(22))
         saved = {n: t.clone() for n, t in scene.tensors().items()}
         state = {k: v.clone() if torch.is_tensor(v) else v for k, v in strategy.state_dict().items()}
@@ -509,8 +524,8 @@ class TestEveryStrategy:
         self.go(scene, optimizer, strategy, range(22, 44))
 
         torch.manual_seed(1)  # nothing may depend on the global generator
-        _, _, fresh = self.start(name)
-        resumed = Gaussians.from_tensors(saved, scene.config)
+        _, _, fresh = self.start(kind, name)
+        resumed = type(scene).from_tensors(saved, scene.config)
         assert resumed.num_primitives != 40 or name == "fixed"
         again = make_optimizer(resumed)
         for n, p in resumed.named_parameters():
@@ -521,31 +536,31 @@ class TestEveryStrategy:
         for n, tensor in scene.tensors().items():
             assert torch.equal(tensor, resumed.tensors()[n]), n
 
-    def test_the_degree_is_raised_and_restored(self, name: str) -> None:
-        scene, optimizer, strategy = self.start(name)
+    def test_the_degree_is_raised_and_restored(self, kind: str, name: str) -> None:
+        scene, optimizer, strategy = self.start(kind, name)
         self.go(scene, optimizer, strategy, range(2))
         assert scene.active_sh_degree == 0
-        loaded = Gaussians.from_tensors(scene.tensors(), scene.config)
+        loaded = type(scene).from_tensors(scene.tensors(), scene.config)
         assert loaded.active_sh_degree == 1
-        self.start(name)[2].load_state_dict(strategy.state_dict(), loaded)
+        self.start(kind, name)[2].load_state_dict(strategy.state_dict(), loaded)
         assert loaded.active_sh_degree == 0
         self.go(scene, optimizer, strategy, range(2, 12))
         assert scene.active_sh_degree == 1
 
-    def test_a_finished_scene_keeps_its_degree(self, name: str) -> None:
-        scene, _, _ = self.start(name)
-        scene = Gaussians.from_tensors(scene.tensors(), scene.config)
-        strategy = type(self.start(name)[2])(self.start(name)[2].config, scene, max_primitives=64, seed=0)
+    def test_a_finished_scene_keeps_its_degree(self, kind: str, name: str) -> None:
+        scene, _, _ = self.start(kind, name)
+        scene = type(scene).from_tensors(scene.tensors(), scene.config)
+        strategy = type(self.start(kind, name)[2])(self.start(kind, name)[2].config, scene, max_primitives=64, seed=0)
         self.go(scene, make_optimizer(scene), strategy, range(1))
         assert scene.active_sh_degree == 1
 
-    def test_the_cap_holds(self, name: str) -> None:
-        scene, optimizer, strategy = self.start(name)
+    def test_the_cap_holds(self, kind: str, name: str) -> None:
+        scene, optimizer, strategy = self.start(kind, name)
         self.go(scene, optimizer, strategy, range(50))
         assert scene.num_primitives <= 90
         assert scene.num_primitives == 40 if name == "fixed" else scene.num_primitives > 60
 
-    def test_a_cap_of_nothing_is_refused(self, name: str) -> None:
-        scene, _, strategy = self.start(name)
+    def test_a_cap_of_nothing_is_refused(self, kind: str, name: str) -> None:
+        scene, _, strategy = self.start(kind, name)
         with pytest.raises(ValueError, match="max_primitives"):
             STRATEGIES[name](strategy.config, scene, max_primitives=0, seed=0)

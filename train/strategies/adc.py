@@ -84,20 +84,24 @@ class Adc(Fixed):
 
     @torch.no_grad()
     def _observe(self, out: RenderOutput) -> None:
-        if out.params is None or out.params.grad is None or out.radii is None:
-            raise ValueError("expected an output with screen gradients, from a backward pass over `render`")
+        source = out.absgrad if self.config.absgrad else out.params
+        if source is None or source.grad is None or out.radii is None:
+            raise ValueError("out: expected screen gradients, from a backward pass over `render` with the strategy's extras")
         drawn = out.radii[..., 0] > 0
-        self.gradients += self._gradients(out).sum(0)
+        self.gradients += self._gradients(source.grad, out).sum(0)
         self.views += drawn.sum(0)
         if self.config.max_screen > 0:
             torch.maximum(self.widths, out.radii.amax((0, 2)) / out.alpha.shape[2], out=self.widths)
 
-    def _gradients(self, out: RenderOutput) -> Tensor:
-        """[C, N] how much the loss depends on each primitive in each image: what growth goes by."""
-        source = out.absgrad if self.config.absgrad else out.params
-        assert source is not None and source.grad is not None
+    def _gradients(self, grad: Tensor, out: RenderOutput) -> Tensor:
+        """[C, N] how much the loss depends on each primitive in each image: what growth goes by.
+
+        Args:
+            grad: of `out.absgrad` or of `out.params`, as the config says.
+            out: what was rendered.
+        """
         cameras, height, width = out.alpha.shape
-        along_x, along_y = source.grad[..., 0], source.grad[..., 1]
+        along_x, along_y = grad[..., 0], grad[..., 1]
         # Numbers, not a tensor of two: that would be copied to a GPU, which the step would wait for.
         return torch.hypot(along_x * (0.5 * width * cameras), along_y * (0.5 * height * cameras))
 

@@ -29,12 +29,9 @@ class Split(Adc):
         super().__init__(config, scene, max_primitives=max_primitives, seed=seed)  # type: ignore[arg-type]
         self.threshold = config.grad_threshold or (_ABSGRAD_THRESHOLD if config.absgrad else _SIGMA_THRESHOLD)
 
-    def _gradients(self, out: RenderOutput) -> Tensor:
-        """The gradient of the position, or of the sharpness."""
-        if self.config.absgrad:
-            return super()._gradients(out)
-        assert out.params is not None and out.params.grad is not None
-        return out.params.grad[..., -2].abs() * len(out.alpha)
+    def _gradients(self, grad: Tensor, out: RenderOutput) -> Tensor:
+        """That of the position, or of the sharpness."""
+        return super()._gradients(grad, out) if self.config.absgrad else grad[..., -2].abs() * len(out.alpha)
 
     @torch.no_grad()
     def _grow(self, progress: float, scene: Convexes, optimizer: torch.optim.Optimizer) -> Tensor:  # type: ignore[override]
