@@ -63,11 +63,11 @@ class ConvexesConfig:
     """Its smoothness, per radius."""
     init_sigma: float = 1.0
     """Its sharpness."""
-    points_lr: float = 5e-3
-    points_lr_final: float = 1e-4
+    points_lr: float = 1e-2
+    points_lr_final: float = 2e-4
     """What `points_lr` decays to, exponentially, over the training."""
-    log_deltas_lr: float = 5e-3
-    log_sigmas_lr: float = 5e-3
+    log_deltas_lr: float = 2e-2
+    log_sigmas_lr: float = 2e-2
     opacity_logits_lr: float = 5e-2
     sh0_lr: float = 1e-2
     shN_lr: float = 2e-3

@@ -55,11 +55,11 @@ class SplitConfig:
     """Judge by the screen gradient of the position, as `adc.absgrad`; else by the gradient of the sharpness, as the paper."""
     grad_threshold: float = 0.0
     """Mean gradient above which a convex is split; 0 takes 0.0008, or 2.5e-5 for the sharpness."""
-    into: Literal["halves", "points"] = "halves"
-    """What a convex is split into."""
-    shrink: float = 0.55
-    """Size of the parts, in that of the whole; of halves, along their longest axis."""
-    part_opacity: float = 1.0
+    into: Literal["points", "halves"] = "points"
+    """What a convex is split into: smaller ones around each of its points, as in the paper, or two along its longest axis."""
+    shrink: float = 0.63
+    """Size of the parts, in that of the whole; of halves, along their longest axis: 0.5 and a little."""
+    part_opacity: float = 0.5
     """Opacity of a part, in that of the whole."""
     part_delta: float = 1.0
     """Smoothness of a part, in that of the whole."""
