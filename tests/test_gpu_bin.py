@@ -81,8 +81,12 @@ def test_convexes_that_are_not_numbers(column: int, triton_device: torch.device)
     """They are in no list, and the others' are as they were."""
     params, depths, radii = make_convex_screen(3, 6, make_cameras(1, 60, 40))
     alone = lists_of((params[:, ::2], depths[:, ::2], radii[:, ::2]), (60, 40), triton_device, "convex6")
+    angles = torch.arange(6) * math.pi / 3
+    params[0, 1, :2] = torch.tensor([30.0, 20.0])
+    params[0, 1, 2:14] = 15 * torch.stack([angles.cos(), angles.sin()], -1).flatten()
+    params[0, 1, 14:] = torch.tensor([1.0, 1.0, 0.8])
     params[0, 1, column] = math.nan
-    radii[0, 1] = 99.0
+    depths[0, 1], radii[0, 1] = 1.0, 25.0
     got = lists_of((params, depths, radii), (60, 40), triton_device, "convex6")
     assert len(alone.ids) > 0
     assert listing(got) == [(tile, 2 * i) for tile, i in listing(alone)]
