@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
+import prismfield.render.first_calls  # noqa: F401
 from prismfield.encodings.points import check_points
 
 

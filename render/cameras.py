@@ -8,6 +8,8 @@ from typing import Literal, Self
 import torch
 from torch import Tensor
 
+import prismfield.render.first_calls  # noqa: F401
+
 CameraModel = Literal["pinhole", "opencv", "fisheye"]
 
 

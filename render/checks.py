@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+import prismfield.render.first_calls  # noqa: F401
+
 
 def check_shapes(**arguments: tuple[Tensor, str]) -> dict[str, int]:
     """Raise a ValueError naming the argument whose shape does not fit.

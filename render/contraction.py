@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+import prismfield.render.first_calls  # noqa: F401
+
 
 def contract(x: Tensor) -> Tensor:
     """Squash all of space into a ball of radius 2, leaving the unit ball alone.

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import prismfield.render.first_calls  # noqa: F401
+
 log = logging.getLogger("prismfield")
 
 LEVELS = ("v4", "v3", "v2")

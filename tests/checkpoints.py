@@ -27,6 +27,11 @@ def same_content(run: Path, other: Path, step: int) -> tuple[dict[str, Tensor], 
     tensors, state = content(run, step)
     others, other_state = content(other, step)
     assert tensors.keys() == others.keys()
-    assert [name for name, value in tensors.items() if not torch.equal(value, others[name])] == []
+    differ = [
+        f"{name}: {int((value != others[name]).sum())} of {value.numel()} numbers"
+        for name, value in tensors.items()
+        if not torch.equal(value, others[name])
+    ]
+    assert not differ, f"{run} and {other} differ at step {step}: " + "; ".join(differ)
     assert state == other_state
     return tensors, state

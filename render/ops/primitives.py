@@ -11,6 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+import prismfield.render.first_calls  # noqa: F401
 from prismfield.render.ops.constants import ALPHA_MIN
 
 
