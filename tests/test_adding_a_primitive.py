@@ -20,6 +20,7 @@ from torch import Tensor
 
 from prismfield.render import kernels as kernels_module
 from prismfield.render.cameras import Cameras
+from prismfield.render.ops import primitives
 from prismfield.render.ops.bin import Isects, bin_primitives, bin_reference
 from prismfield.render.ops.composite import composite
 from prismfield.render.ops.constants import ALPHA_MIN
@@ -47,6 +48,11 @@ def test_every_block_is_tried_here() -> None:
     assert marked_blocks(PAGE) == tried | {("cpp", "primitive"), ("cpp", "row")}
 
 
+def run_inside(module: ModuleType, section: str) -> None:
+    """Run a section as if the file of `module` ended with it."""
+    exec(compile(blocks(PAGE, "python", section), str(ROOT / PAGE), "exec"), dict(vars(module)))
+
+
 @pytest.fixture(autouse=True, scope="module")
 def page() -> Iterator[ModuleType]:
     """The page's Python, in the tables while this file is tested. Returns the representation's."""
@@ -58,7 +64,7 @@ def page() -> Iterator[ModuleType]:
         ]  # type: ignore[list-item]
         for table, name in tables:
             patch.setitem(table, name, None)  # taken out in the end
-        run_example(PAGE, "primitive")
+        run_inside(primitives, "primitive")
         patch.setitem(sys.modules, PROJECTION, run_example(PAGE, "projection"))
         yield run_example(PAGE, "representation")
 
@@ -95,14 +101,14 @@ def make_screen(count: int) -> tuple[Tensor, Tensor, Tensor]:
 def test_a_disc_is_as_large_as_it_looks() -> None:
     """The integral of (1 - q)^2 is a third of the disc's area."""
     camera = Cameras(
-        torch.eye(4).double()[None], torch.tensor([[[90.0, 0, 31], [0, 90, 22], [0, 0, 1]]]).double(), 60, 50
+        torch.eye(4).double()[None], torch.tensor([[[100.0, 0, 31], [0, 81, 22], [0, 0, 1]]]).double(), 60, 50
     )
     discs = torch.tensor([[0.1, -0.05, 3.0]]), torch.tensor([0.5]), torch.tensor([0.8])
     out = rasterize("disc", project_discs(*(t.double() for t in discs), camera), torch.ones(1, 1, 3).double(), camera)
-    assert out.alpha.sum().item() == pytest.approx(0.8 * math.pi * (90 * 0.5 / 3) ** 2 / 3, rel=3e-3)
+    assert out.alpha.sum().item() == pytest.approx(0.8 * math.pi * (100 * 81) * (0.5 / 3) ** 2 / 3, rel=3e-3)
     rows, columns = torch.arange(50) + 0.5, torch.arange(60) + 0.5
     center = [(out.alpha[0].sum(1 - axis) * at).sum() / out.alpha.sum() for axis, at in ((1, columns), (0, rows))]
-    assert center == pytest.approx([31 + 90 * 0.1 / 3, 22 - 90 * 0.05 / 3], abs=1e-2)
+    assert center == pytest.approx([31 + 100 * 0.1 / 3, 22 - 81 * 0.05 / 3], abs=1e-2)
 
 
 def test_what_is_not_seen_is_not_drawn() -> None:
@@ -243,10 +249,10 @@ def test_cpp(count: int, compiled: ModuleType, monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
 @pytest.mark.parametrize("count", COUNTS)
 def test_triton(count: int, triton_device: torch.device, monkeypatch: pytest.MonkeyPatch) -> None:
-    from prismfield.render.gpu.primitives import PRIMITIVES as ON_GPU
+    from prismfield.render.gpu import primitives as on_gpu
 
-    monkeypatch.setitem(ON_GPU, "disc", None)
-    run_example(PAGE, "gpu")
+    monkeypatch.setitem(on_gpu.PRIMITIVES, "disc", None)
+    run_inside(on_gpu, "gpu")
     compare_with_the_reference(count, triton_device)
 
 
