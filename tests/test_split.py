@@ -99,7 +99,7 @@ def test_a_split_convex_is_replaced_by_its_parts(into: Any, each: int) -> None:
 def test_the_largest_gradients_come_first_where_there_is_little_room(absgrad: bool) -> None:
     scene = make_splats("convexes", 12)
     optimizer = make_optimizer(scene)
-    strategy = Split(SplitConfig(**ONCE, absgrad=absgrad), scene, max_primitives=15, seed=0)
+    strategy = Split(SplitConfig(**ONCE, into="halves", absgrad=absgrad), scene, max_primitives=15, seed=0)
     before = scene.tensors()["points"].clone()
     strategy.after_step(0, 0.1, scene, optimizer, output_for(1.0 + torch.arange(12.0), None if absgrad else -2))
     assert scene.num_primitives == 15

@@ -183,9 +183,8 @@ def check_config(config: TrainConfig) -> None:
     made = ("gaussians.init_scale", "convexes.init_scale", "convexes.init_delta", "convexes.init_sigma")
     limits = dict.fromkeys((*positive, *made, "split.shrink"), (least, infinity))
     limits |= dict.fromkeys(("schedule.samples", "occupancy.interval"), (1, infinity))
-    shares = ("loss.ssim_weight", "schedule.settle", "gaussians.init_opacity", "convexes.init_opacity")
-    shares += ("adc.stop", "mcmc.stop", "split.stop")
-    limits |= dict.fromkeys(shares, (0, 1))
+    limits |= dict.fromkeys(("loss.ssim_weight", "schedule.settle", "adc.stop", "mcmc.stop", "split.stop"), (0, 1))
+    limits |= dict.fromkeys(("gaussians.init_opacity", "convexes.init_opacity"), (0, 1))
     limits |= {
         "seed": (0, 2**32 - 1),
         "threads": (0, 4096),

@@ -46,8 +46,7 @@ class FusedAdam(torch.optim.Optimizer):
                         "exp_avg_sq": torch.zeros_like(parameter, memory_format=torch.contiguous_format),
                     }
                 state["step"] += 1
-                rates = group["row_rates"]() if "row_rates" in group else None
-                before = None if rates is None else parameter.clone()
+                rated = (parameter.clone(), group["row_rates"]()) if "row_rates" in group else None
                 adam_step(
                     parameter,
                     parameter.grad,
@@ -61,7 +60,8 @@ class FusedAdam(torch.optim.Optimizer):
                     if rows is not None and len(rows) == len(parameter) and group.get("sparse", True)
                     else None,
                 )
-                if before is not None:
+                if rated is not None:
+                    before, rates = rated
                     parameter.sub_(before).mul_(rates.view(-1, *[1] * (parameter.dim() - 1))).add_(before)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -215,8 +215,7 @@ void backward_tile(const Scene &s, const BackwardIn &in, float *records, float *
       trans[b] = before;
       behind[b] += weight * value;
       primitive.accumulate(dx, dy, alpha, v_alpha, pixels, sums);
-      if constexpr (Absolute)
-        primitive.accumulate_absolute(dx, dy, alpha, v_alpha, pixels, sums + Primitive::kSums);
+      if constexpr (Absolute) primitive.accumulate_absolute(dx, dy, alpha, v_alpha, pixels, sums + Primitive::kSums);
       for (int d = 0; d < channels; d++) sums[kShape + d] += weight * v_out[b][d];
     }
     if constexpr (Channels != kAnyChannels) {

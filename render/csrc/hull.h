@@ -21,7 +21,8 @@ struct Hull {
     for (int middle = 1; middle < K - 1; middle++)
       for (int left = 0; left < middle; left++)
         for (int right = middle + 1; right < K; right++) {
-          const vf turn = (px[right] - px[left]) * (py[middle] - py[left]) - (py[right] - py[left]) * (px[middle] - px[left]);
+          const vf turn =
+              (px[right] - px[left]) * (py[middle] - py[left]) - (py[right] - py[left]) * (px[middle] - px[left]);
           vm below = lt(turn, vf{}), above = lt(vf{}, turn);
           if (right < K - 1) {  // of points that coincide the first counts, but of those at the right end the last
             const vm same = both(equal(px[middle], px[right]), equal(py[middle], py[right]));
@@ -53,7 +54,8 @@ struct Hull {
   PF_INLINE void place(vm is_corner, vf px, vf py, vf id) {
     for (int slot = 1; slot < K; slot++) {
       const vm here = both(is_corner, equal(corners, broadcast(slot)));
-      x[slot] = select(here, px, x[slot]), y[slot] = select(here, py, y[slot]), from[slot] = select(here, id, from[slot]);
+      x[slot] = select(here, px, x[slot]), y[slot] = select(here, py, y[slot]),
+      from[slot] = select(here, id, from[slot]);
     }
     corners += keep(is_corner, broadcast(1.f));
   }

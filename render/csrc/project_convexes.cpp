@@ -189,8 +189,16 @@ void with_points(int64_t points, Visit visit) {
 
 Inputs make_inputs(Floats points, Floats deltas, Floats sigmas, Floats opacities, Floats viewmats, Floats Ks, int width,
                    int height) {
-  return {points.data(), deltas.data(), sigmas.data(), opacities.data(), viewmats.data(), Ks.data(),
-          static_cast<int64_t>(points.shape(0)), static_cast<int>(viewmats.shape(0)), width, height};
+  return {points.data(),
+          deltas.data(),
+          sigmas.data(),
+          opacities.data(),
+          viewmats.data(),
+          Ks.data(),
+          static_cast<int64_t>(points.shape(0)),
+          static_cast<int>(viewmats.shape(0)),
+          width,
+          height};
 }
 
 void project_convexes_forward(Floats points, Floats deltas, Floats sigmas, Floats opacities, Floats viewmats, Floats Ks,

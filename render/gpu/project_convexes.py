@@ -163,12 +163,12 @@ def _reach(hull, corners, margin, K: tl.constexpr):
     low_x, low_y = tl.full(margin.shape, 1e30, tl.float32), tl.full(margin.shape, 1e30, tl.float32)
     high_x, high_y = tl.full(margin.shape, -1e30, tl.float32), tl.full(margin.shape, -1e30, tl.float32)
     for i in tl.static_range(K):
-        normal_x, normal_y, exists = normals[i][0], normals[i][1], normals[i][2]
-        shift = margin / tl.maximum(last_x * normal_x + last_y * normal_y + 1.0, 1e-12)
-        x, y = hull[0][i] + shift * (last_x + normal_x), hull[1][i] + shift * (last_y + normal_y)
+        exists = normals[i][2]
+        shift = margin / tl.maximum(last_x * normals[i][0] + last_y * normals[i][1] + 1.0, 1e-12)
+        x, y = hull[0][i] + shift * (last_x + normals[i][0]), hull[1][i] + shift * (last_y + normals[i][1])
         low_x, high_x = tl.where(exists, tl.minimum(low_x, x), low_x), tl.where(exists, tl.maximum(high_x, x), high_x)
         low_y, high_y = tl.where(exists, tl.minimum(low_y, y), low_y), tl.where(exists, tl.maximum(high_y, y), high_y)
-        last_x, last_y = normal_x, normal_y
+        last_x, last_y = normals[i][0], normals[i][1]
     return low_x, high_x, low_y, high_y, solid
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from prismfield.render.ops.project import rotation_matrices
 from prismfield.render.output import RenderOutput
 from prismfield.representations.gaussians import Gaussians
-from prismfield.train.strategies.config import AdcConfig
+from prismfield.representations.splats import Splats
 from prismfield.train.strategies.fixed import Fixed
 from prismfield.train.strategies.rows import append_rows, keep_rows, replace_rows
 from prismfield.train.strategies.schedule import Schedule
@@ -29,9 +29,9 @@ class Adc(Fixed):
     `growth="budget"`.
     """
 
-    config: AdcConfig
+    config: Any
 
-    def __init__(self, config: AdcConfig, scene: Gaussians, *, max_primitives: int, seed: int) -> None:
+    def __init__(self, config: Any, scene: Any, *, max_primitives: int, seed: int) -> None:
         super().__init__(config, scene, max_primitives=max_primitives, seed=seed)
         self.extras = ("absgrad",) if config.absgrad else ()
         self.threshold = config.grad_threshold or (_ABSGRAD_THRESHOLD if config.absgrad else _THRESHOLD)
@@ -41,7 +41,7 @@ class Adc(Fixed):
         self._forget(scene)
 
     def after_step(
-        self, step: int, progress: float, scene: Gaussians, optimizer: torch.optim.Optimizer, out: RenderOutput
+        self, step: int, progress: float, scene: Any, optimizer: torch.optim.Optimizer, out: RenderOutput
     ) -> None:
         """See `Strategy`."""
         super().after_step(step, progress, scene, optimizer, out)
@@ -65,7 +65,7 @@ class Adc(Fixed):
             "widths": self.widths,
         }
 
-    def load_state_dict(self, state: dict[str, Any], scene: Gaussians) -> None:
+    def load_state_dict(self, state: dict[str, Any], scene: Any) -> None:
         """See `Strategy`."""
         super().load_state_dict(state, scene)
         self.first_count = int(state["first_count"])
@@ -73,7 +73,7 @@ class Adc(Fixed):
         device = scene.opacity_logits.device
         self.gradients, self.views, self.widths = (state[k].to(device) for k in ("gradients", "views", "widths"))
 
-    def _forget(self, scene: Gaussians) -> None:
+    def _forget(self, scene: Any) -> None:
         count, device = scene.num_primitives, scene.opacity_logits.device
         self.gradients = torch.zeros(count, device=device)
         """[N] sum over images of the gradient's length."""
@@ -86,7 +86,9 @@ class Adc(Fixed):
     def _observe(self, out: RenderOutput) -> None:
         source = out.absgrad if self.config.absgrad else out.params
         if source is None or source.grad is None or out.radii is None:
-            raise ValueError("out: expected screen gradients, from a backward pass over `render` with the strategy's extras")
+            raise ValueError(
+                "out: expected screen gradients, from a backward pass over `render` with the strategy's extras"
+            )
         drawn = out.radii[..., 0] > 0
         self.gradients += self._gradients(source.grad, out).sum(0)
         self.views += drawn.sum(0)
@@ -105,7 +107,7 @@ class Adc(Fixed):
         # Numbers, not a tensor of two: that would be copied to a GPU, which the step would wait for.
         return torch.hypot(along_x * (0.5 * width * cameras), along_y * (0.5 * height * cameras))
 
-    def _chosen(self, progress: float, scene: Gaussians, added: int) -> Tensor:
+    def _chosen(self, progress: float, scene: Any, added: int) -> Tensor:
         """Indices of what is to grow, rising, where each that grows adds `added` primitives."""
         scores = self.gradients / self.views.clamp(min=1)
         room = self.max_primitives - scene.num_primitives
@@ -122,7 +124,7 @@ class Adc(Fixed):
         return index
 
     @torch.no_grad()
-    def _grow(self, progress: float, scene: Gaussians, optimizer: torch.optim.Optimizer) -> Tensor:
+    def _grow(self, progress: float, scene: Any, optimizer: torch.optim.Optimizer) -> Tensor:
         """Clone and split; returns the [N] widths of the scene that results, 0 for what is new."""
         index, widths = self._chosen(progress, scene, 1), self.widths
         if len(index) == 0:
@@ -137,7 +139,7 @@ class Adc(Fixed):
         return torch.cat([widths, widths.new_zeros(len(index))])
 
     @torch.no_grad()
-    def _prune(self, scene: Gaussians, optimizer: torch.optim.Optimizer, widths: Tensor) -> None:
+    def _prune(self, scene: Any, optimizer: torch.optim.Optimizer, widths: Tensor) -> None:
         keep = scene.opacities >= self.config.min_opacity
         if self.reset.last > 0:
             if self.config.max_extent > 0:
@@ -160,7 +162,7 @@ def _halves(scene: Gaussians, index: Tensor, generator: torch.Generator) -> tupl
 
 
 @torch.no_grad()
-def _cut_opacities(scene: Gaussians, optimizer: torch.optim.Optimizer, opacity: float) -> None:
+def _cut_opacities(scene: Splats, optimizer: torch.optim.Optimizer, opacity: float) -> None:
     logits = scene.opacity_logits.clamp(max=math.log(opacity / (1 - opacity)))
     everyone = torch.arange(len(logits), device=logits.device)
     replace_rows(scene, optimizer, everyone, {"opacity_logits": logits})

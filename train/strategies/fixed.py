@@ -1,4 +1,4 @@
-"""The strategy that neither adds nor drops anything; the others start from it."""
+"""The strategy that neither adds nor drops anything; those of splats (`representations/splats.py`) start from it."""
 
 from __future__ import annotations
 
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from prismfield.render.output import RenderOutput
-from prismfield.representations.splats import Splats
 
 
 class Fixed:
@@ -16,7 +15,7 @@ class Fixed:
 
     extras: tuple[str, ...] = ()
 
-    def __init__(self, config: Any, scene: Splats, *, max_primitives: int, seed: int) -> None:
+    def __init__(self, config: Any, scene: Any, *, max_primitives: int, seed: int) -> None:
         if max_primitives < 1:
             raise ValueError(f"max_primitives: expected at least 1, got {max_primitives}")
         self.config = config
@@ -25,7 +24,7 @@ class Fixed:
         self.sh_degree = scene.active_sh_degree
 
     def after_step(
-        self, step: int, progress: float, scene: Splats, optimizer: torch.optim.Optimizer, out: RenderOutput
+        self, step: int, progress: float, scene: Any, optimizer: torch.optim.Optimizer, out: RenderOutput
     ) -> None:
         """See `Strategy`."""
         # Never lowered: a scene that started from a finished one keeps its harmonics.
@@ -36,7 +35,7 @@ class Fixed:
         """See `Strategy`."""
         return {"sh_degree": self.sh_degree, "generator": self.generator.get_state()}
 
-    def load_state_dict(self, state: dict[str, Any], scene: Splats) -> None:
+    def load_state_dict(self, state: dict[str, Any], scene: Any) -> None:
         """See `Strategy`."""
         self.sh_degree = scene.active_sh_degree = int(state["sh_degree"])
         self.generator.set_state(state["generator"])

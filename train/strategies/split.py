@@ -26,7 +26,7 @@ class Split(Adc):
     config: Any
 
     def __init__(self, config: SplitConfig, scene: Convexes, *, max_primitives: int, seed: int) -> None:
-        super().__init__(config, scene, max_primitives=max_primitives, seed=seed)  # type: ignore[arg-type]
+        super().__init__(config, scene, max_primitives=max_primitives, seed=seed)
         self.threshold = config.grad_threshold or (_ABSGRAD_THRESHOLD if config.absgrad else _SIGMA_THRESHOLD)
 
     def _gradients(self, grad: Tensor, out: RenderOutput) -> Tensor:
@@ -34,10 +34,10 @@ class Split(Adc):
         return super()._gradients(grad, out) if self.config.absgrad else grad[..., -2].abs() * len(out.alpha)
 
     @torch.no_grad()
-    def _grow(self, progress: float, scene: Convexes, optimizer: torch.optim.Optimizer) -> Tensor:  # type: ignore[override]
+    def _grow(self, progress: float, scene: Convexes, optimizer: torch.optim.Optimizer) -> Tensor:
         """Split; returns the [N] widths of the scene that results, 0 for what is new."""
         each = 2 if self.config.into == "halves" else scene.points.shape[1]
-        index, widths = self._chosen(progress, scene, each - 1), self.widths  # type: ignore[arg-type]
+        index, widths = self._chosen(progress, scene, each - 1), self.widths
         if len(index) == 0:
             return widths
         rows = {name: value[index] for name, value in scene.tensors().items()}
