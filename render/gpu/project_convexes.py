@@ -1,9 +1,8 @@
-"""Projection of smooth convexes on a GPU, forward and backward: a convex a lane, the maths of `csrc/hull.h` and
-`csrc/project_convexes.cpp`.
+"""Projection of smooth convexes on a GPU, forward and backward: a convex a lane, the maths of `csrc/project_convexes.cpp`.
 
-Each lane sorts its K points and finds their hull in registers, without a branch: K^3 / 6 turns of three points. As in `project.py`,
-the forward pass is a program a block and camera, and the backward pass goes through the cameras inside the program. It finds the
-hull again to know which point each corner is: that is cheaper than to keep it.
+Each lane goes round its hull, from a corner to the next: K times K turns, in a loop, where the K^3 / 6 of `csrc/hull.h` in registers
+would take minutes to compile. As in `project.py`, the forward pass is a program a block and camera, and the backward pass goes
+through the cameras inside the program. It goes round again to know which point each corner is.
 """
 
 from __future__ import annotations
@@ -35,80 +34,80 @@ _MAX_EXTENT, _MIN_THICKNESS = tl.constexpr(MAX_EXTENT), tl.constexpr(MIN_THICKNE
 
 
 @triton.jit
-def _sorted(x, y, K: tl.constexpr):
-    """K points in order of x, those of one x in order of y, and which they were."""
-    which = ()
+def _first_corner(x, y, K: tl.constexpr):
+    """Of K points the one of least x, or y if there are several: x, y, which it is, and that the way round is not over."""
+    first_x, first_y, first = x[0], y[0], tl.zeros(x[0].shape, tl.int32)
+    for k in tl.static_range(1, K):
+        sooner = (x[k] < first_x) | ((x[k] == first_x) & (y[k] < first_y))
+        first_x, first_y = tl.where(sooner, x[k], first_x), tl.where(sooner, y[k], first_y)
+        first = tl.where(sooner, k, first)
+    return first_x, first_y, first, first < 0
+
+
+@triton.jit
+def _next_corner(x, y, corner, first, K: tl.constexpr):
+    """The corner after `corner`, counter-clockwise where y points up: the point with all others to the left of the way there, the
+    farthest if there are several. Once round it stays at the first."""
+    next_x, next_y, which = corner[0], corner[1], corner[2]
+    far_x, far_y, far = tl.zeros_like(next_x), tl.zeros_like(next_x), tl.zeros_like(next_x)
     for k in tl.static_range(K):
-        which += (tl.full(x[0].shape, k, tl.int32),)
-    for end in tl.static_range(K - 1, 0, -1):
-        # Carries the last of the first ones to place `end`
-        sorted_x, sorted_y, sorted_which, last_x, last_y, last = (), (), (), x[0], y[0], which[0]
-        for k in tl.static_range(1, end + 1):
-            swap = (x[k] < last_x) | ((x[k] == last_x) & (y[k] < last_y))
-            sorted_x += (tl.where(swap, x[k], last_x),)
-            sorted_y += (tl.where(swap, y[k], last_y),)
-            sorted_which += (tl.where(swap, which[k], last),)
-            last_x, last_y, last = (
-                tl.where(swap, last_x, x[k]),
-                tl.where(swap, last_y, y[k]),
-                tl.where(swap, last, which[k]),
-            )
-        x, y, which = (
-            sorted_x + (last_x,) + x[end + 1 :],
-            sorted_y + (last_y,) + y[end + 1 :],
-            sorted_which + (last,) + which[end + 1 :],
+        to_x, to_y = x[k] - corner[0], y[k] - corner[1]
+        turn, squared = far_x * to_y - far_y * to_x, to_x * to_x + to_y * to_y
+        better = (turn < 0) | ((turn == 0) & (squared > far))
+        next_x, next_y, which = (
+            tl.where(better, x[k], next_x),
+            tl.where(better, y[k], next_y),
+            tl.where(better, k, which),
         )
-    return x, y, which
-
-
-@triton.jit
-def _chains(x, y, middle: tl.constexpr, K: tl.constexpr):
-    """Whether a point among K sorted ones is a corner of the lower and of the upper chain."""
-    lower, upper = x[0] == x[0], x[0] == x[0]
-    for right in tl.static_range(middle + 1, K):
-        # Of points that coincide the first counts, but of those at the right end the last. There the turn would be 0, but that fused
-        # products round it to anything
-        same = (x[middle] == x[right]) & (y[middle] == y[right])
-        for left in tl.static_range(middle):
-            turn = (x[right] - x[left]) * (y[middle] - y[left]) - (y[right] - y[left]) * (x[middle] - x[left])
-            if right < K - 1:
-                lower, upper = lower & ((turn < 0) | same), upper & ((turn > 0) | same)
-            else:
-                lower, upper = lower & (turn < 0) & ~same, upper & (turn > 0) & ~same
-    return lower, upper
-
-
-@triton.jit
-def _place(hull, corners, chosen, x, y, which, K: tl.constexpr):
-    """Appends a point to the hull where it is `chosen`."""
-    hull_x, hull_y, hull_which = (), (), ()
-    for slot in tl.static_range(K):
-        here = chosen & (corners == slot)
-        hull_x += (tl.where(here, x, hull[0][slot]),)
-        hull_y += (tl.where(here, y, hull[1][slot]),)
-        hull_which += (tl.where(here, which, hull[2][slot]),)
-    return (hull_x, hull_y, hull_which), corners + tl.where(chosen, 1, 0)
+        far_x, far_y, far = tl.where(better, to_x, far_x), tl.where(better, to_y, far_y), tl.where(better, squared, far)
+    closed = corner[3] | ((next_x == first[0]) & (next_y == first[1]))
+    next_x, next_y = tl.where(closed, first[0], next_x), tl.where(closed, first[1], next_y)
+    return next_x, next_y, tl.where(closed, first[2], which), closed
 
 
 @triton.jit
 def _hull(x, y, K: tl.constexpr):
-    """`hull_order` of ops/project_convexes.py: the corners of K points in order, then the first again, as tuples of x, of y and of
-    which points they are; and how many there are."""
-    x, y, which = _sorted(x, y, K)
-    hull_x, hull_y, hull_which, lower, upper = (), (), (), (), ()
+    """Corners of the convex hull of K points in the order of `hull_order` of ops/project_convexes.py, then the first again: tuples of
+    x and of y, and how many there are."""
+    first = _first_corner(x, y, K)
+    hull_x, hull_y, corner, corners = (), (), first, tl.full(first[2].shape, 1, tl.int32)
+    for _ in tl.static_range(K):
+        hull_x += (first[0],)
+        hull_y += (first[1],)
+    for slot in range(1, K):
+        corner = _next_corner(x, y, corner, first, K)
+        corners += tl.where(corner[3], 0, 1)
+        placed_x, placed_y = (), ()
+        for k in tl.static_range(K):
+            placed_x += (tl.where(slot == k, corner[0], hull_x[k]),)
+            placed_y += (tl.where(slot == k, corner[1], hull_y[k]),)
+        hull_x, hull_y = placed_x, placed_y
+    return (hull_x, hull_y), corners
+
+
+@triton.jit
+def _hull_vjp(x, y, v_corners, drawn, K: tl.constexpr, ROOM: tl.constexpr):
+    """Gradients of the points relative to the centre, tuples of x and of y, from those of the corners that `v_corners` points to;
+    and the sums of each."""
+    corner = _first_corner(x, y, K)
+    first, v_x, v_y = corner, (), ()
+    sum_x, sum_y = tl.load(v_corners, mask=drawn, other=0.0), tl.load(v_corners + 1, mask=drawn, other=0.0)
+    for slot in tl.static_range(K, ROOM):  # the first again
+        sum_x += tl.load(v_corners + 2 * slot, mask=drawn, other=0.0)
+        sum_y += tl.load(v_corners + 2 * slot + 1, mask=drawn, other=0.0)
     for k in tl.static_range(K):
-        hull_x += (x[0],)
-        hull_y += (y[0],)
-        hull_which += (which[0],)
-        chains = _chains(x, y, k, K)
-        lower += (chains[0],)
-        upper += (chains[1],)
-    hull, corners = (hull_x, hull_y, hull_which), tl.full(x[0].shape, 1, tl.int32)
-    for k in tl.static_range(1, K):
-        hull, corners = _place(hull, corners, lower[k], x[k], y[k], which[k], K)
-    for k in tl.static_range(K - 2, 0, -1):
-        hull, corners = _place(hull, corners, upper[k], x[k], y[k], which[k], K)
-    return hull, corners
+        v_x += (tl.where(first[2] == k, sum_x, 0.0),)
+        v_y += (tl.where(first[2] == k, sum_y, 0.0),)
+    for slot in range(1, K):
+        corner = _next_corner(x, y, corner, first, K)
+        here_x = tl.load(v_corners + 2 * slot, mask=drawn, other=0.0)
+        here_y = tl.load(v_corners + 2 * slot + 1, mask=drawn, other=0.0)
+        more_x, more_y = (), ()
+        for k in tl.static_range(K):
+            more_x += (v_x[k] + tl.where(corner[2] == k, here_x, 0.0),)
+            more_y += (v_y[k] + tl.where(corner[2] == k, here_y, 0.0),)
+        v_x, v_y, sum_x, sum_y = more_x, more_y, sum_x + here_x, sum_y + here_y
+    return v_x, v_y, sum_x, sum_y
 
 
 @triton.jit
@@ -143,33 +142,37 @@ def _to_screen(points, at, exists, camera, K: tl.constexpr):
 
 
 @triton.jit
-def _reach(hull, corners, margin, K: tl.constexpr):
-    """Extent of the outline of `gpu/primitives.py` relative to the centre, low and high x and y, and whether the hull has an inside
-    at all."""
-    normals, area, perimeter = (), tl.zeros_like(margin), tl.zeros_like(margin)
-    last_x, last_y = tl.zeros_like(margin), tl.zeros_like(margin)
+def _edges(hull, K: tl.constexpr):
+    """Of each edge its normal and whether it exists; then the hull's area and perimeter."""
+    normals, area, perimeter = (), tl.zeros_like(hull[0][0]), tl.zeros_like(hull[0][0])
     for i in tl.static_range(K):
         x, y, to_x, to_y = hull[0][i], hull[1][i], hull[0][(i + 1) % K], hull[1][(i + 1) % K]
         edge_x, edge_y = to_x - x, to_y - y
         squared = edge_x * edge_x + edge_y * edge_y
-        exists = squared > 0
         length = tl.sqrt(squared)
-        inverse = tl.where(exists, 1.0 / length, 0.0)
-        normals += ((edge_y * inverse, -edge_x * inverse, exists),)
-        last_x, last_y = tl.where(exists, normals[i][0], last_x), tl.where(exists, normals[i][1], last_y)
+        inverse = tl.where(squared > 0, 1.0 / length, 0.0)
+        normals += ((edge_y * inverse, -edge_x * inverse, squared > 0),)
         area += (x * to_y - y * to_x) * 0.5
         perimeter += length
-    solid = (corners > 2) & (area > perimeter * perimeter * _MIN_THICKNESS)
+    return normals, area, perimeter
+
+
+@triton.jit
+def _reach(hull, normals, margin, K: tl.constexpr):
+    """Extent of the outline of `gpu/primitives.py` relative to the centre: low and high x and y."""
+    last_x, last_y = normals[0][0], normals[0][1]
+    for i in tl.static_range(1, K):
+        last_x, last_y = tl.where(normals[i][2], normals[i][0], last_x), tl.where(normals[i][2], normals[i][1], last_y)
     low_x, low_y = tl.full(margin.shape, 1e30, tl.float32), tl.full(margin.shape, 1e30, tl.float32)
     high_x, high_y = tl.full(margin.shape, -1e30, tl.float32), tl.full(margin.shape, -1e30, tl.float32)
     for i in tl.static_range(K):
-        exists = normals[i][2]
-        shift = margin / tl.maximum(last_x * normals[i][0] + last_y * normals[i][1] + 1.0, 1e-12)
-        x, y = hull[0][i] + shift * (last_x + normals[i][0]), hull[1][i] + shift * (last_y + normals[i][1])
+        normal_x, normal_y, exists = normals[i][0], normals[i][1], normals[i][2]
+        shift = margin / tl.maximum(last_x * normal_x + last_y * normal_y + 1.0, 1e-12)
+        x, y = hull[0][i] + shift * (last_x + normal_x), hull[1][i] + shift * (last_y + normal_y)
         low_x, high_x = tl.where(exists, tl.minimum(low_x, x), low_x), tl.where(exists, tl.maximum(high_x, x), high_x)
         low_y, high_y = tl.where(exists, tl.minimum(low_y, y), low_y), tl.where(exists, tl.maximum(high_y, y), high_y)
-        last_x, last_y = normals[i][0], normals[i][1]
-    return low_x, high_x, low_y, high_y, solid
+        last_x, last_y = normal_x, normal_y
+    return low_x, high_x, low_y, high_y
 
 
 @triton.jit
@@ -200,9 +203,10 @@ def _project_convexes_forward_kernel(
     x, y, depth = center
     delta = tl.load(deltas + at, mask=exists, other=0.0) * depth / camera[3]
     level = tl.log(tl.maximum(opacity * (1.0 / _ALPHA_MIN) - 1.0, 1.0))
-    low_x, high_x, low_y, high_y, solid = _reach(hull, corners, level / (sigma * delta), K)
+    edges = _edges(hull, K)
+    low_x, high_x, low_y, high_y = _reach(hull, edges[0], level / (sigma * delta), K)
     radius_x, radius_y = tl.maximum(-low_x, high_x), tl.maximum(-low_y, high_y)
-    drawn = exists & solid & (opacity > _ALPHA_MIN)
+    drawn = exists & (opacity > _ALPHA_MIN) & (corners > 2) & (edges[1] > edges[2] * edges[2] * _MIN_THICKNESS)
     for k in tl.static_range(K):
         drawn = drawn & (placed[k][2] > _NEAR)
     drawn = drawn & (x + high_x > 0) & (x + low_x < width) & (y + high_y > 0) & (y + low_y < height)
@@ -223,35 +227,13 @@ def _project_convexes_forward_kernel(
 
 
 @triton.jit
-def _load_corner_gradients(v_row, drawn, K: tl.constexpr, ROOM: tl.constexpr):
-    """Tuples of x and of y of K corners, those of the slots beyond with the first, and what the centre gets from them."""
-    v_x, v_y = (), ()
-    for slot in tl.static_range(K):
-        v_x += (tl.load(v_row + 2 * slot, mask=drawn, other=0.0),)
-        v_y += (tl.load(v_row + 2 * slot + 1, mask=drawn, other=0.0),)
-    more_x, more_y = tl.zeros_like(v_x[0]), tl.zeros_like(v_y[0])
-    for slot in tl.static_range(K, ROOM):
-        more_x += tl.load(v_row + 2 * slot, mask=drawn, other=0.0)
-        more_y += tl.load(v_row + 2 * slot + 1, mask=drawn, other=0.0)
-    v_x, v_y = (v_x[0] + more_x,) + v_x[1:], (v_y[0] + more_y,) + v_y[1:]
-    v_center_x, v_center_y = -v_x[0], -v_y[0]
-    for slot in tl.static_range(1, K):
-        v_center_x -= v_x[slot]
-        v_center_y -= v_y[slot]
-    return v_x, v_y, v_center_x, v_center_y
-
-
-@triton.jit
-def _to_screen_vjp(screen, which, v_corners, v_center, v_mean_z, camera, drawn, K: tl.constexpr):
-    """Gradients of the points, in the camera."""
+def _to_screen_vjp(screen, v_pixels, v_center, v_mean_z, camera, drawn, K: tl.constexpr):
+    """Gradients of the points, in the camera, from those of their pixels relative to the centre, of the centre and of mean z."""
     v_placed = ()
     for k in tl.static_range(K):
-        v_x, v_y = v_center[0] * (1.0 / K), v_center[1] * (1.0 / K)
-        for slot in tl.static_range(K):
-            v_x += tl.where(which[slot] == k, v_corners[0][slot], 0.0)
-            v_y += tl.where(which[slot] == k, v_corners[1][slot], 0.0)
         place, inverse = screen[0][k], screen[1][k]
-        v_x, v_y = v_x * inverse * camera[1][0], v_y * inverse * camera[1][1]
+        v_x = (v_pixels[0][k] + v_center[0] * (1.0 / K)) * inverse * camera[1][0]
+        v_y = (v_pixels[1][k] + v_center[1] * (1.0 / K)) * inverse * camera[1][1]
         v_z = v_mean_z * (1.0 / K) - (v_x * place[0] + v_y * place[1]) * inverse
         v_placed += (keep(drawn, (v_x, v_y, v_z)),)
     return v_placed
@@ -315,16 +297,16 @@ def _project_convexes_backward_kernel(
         camera = _load_camera(viewmats, Ks, index)
         screen = _to_screen(points, at, drawn, camera, K)
         v_row = v_params + seen * PARAMS
-        v_x, v_y, v_center_x, v_center_y = _load_corner_gradients(v_row + 2, drawn, K, ROOM)
-        v_center_x += tl.load(v_row, mask=drawn, other=0.0)
-        v_center_y += tl.load(v_row + 1, mask=drawn, other=0.0)
+        v_pixels = _hull_vjp(screen[2], screen[3], v_row + 2, drawn, K, ROOM)
+        # Corners are relative to the centre
+        v_center_x = tl.load(v_row, mask=drawn, other=0.0) - v_pixels[2]
+        v_center_y = tl.load(v_row + 1, mask=drawn, other=0.0) - v_pixels[3]
         v_rest = load3(v_row + PARAMS - 3, 0, drawn)
         v_delta += tl.where(drawn, v_rest[0] * screen[4][2] / camera[3], 0.0)
         v_sigma += v_rest[1]
         v_opacity += v_rest[2]
         v_mean_z = v_rest[0] * delta / camera[3] + tl.load(v_depths + seen, mask=drawn, other=0.0)
-        hull = _hull(screen[2], screen[3], K)
-        v_placed = _to_screen_vjp(screen, hull[0][2], (v_x, v_y), (v_center_x, v_center_y), v_mean_z, camera, drawn, K)
+        v_placed = _to_screen_vjp(screen, v_pixels, (v_center_x, v_center_y), v_mean_z, camera, drawn, K)
         v_sum = ()
         for k in tl.static_range(K):
             v_sum += (add(v_world[k], transform_vjp(camera[0][0], v_placed[k])),)
