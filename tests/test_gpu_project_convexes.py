@@ -99,6 +99,7 @@ def test_no_camera_gradient_where_none_is_wanted(triton_device: torch.device) ->
 SQUARE = [[-0.1, -0.1], [0.1, -0.1], [0.1, 0.1], [-0.1, 0.1]]
 HARD = {
     "on a side": ([*SQUARE, [0.1, 0.0], [0.0, -0.1]], [], True),
+    "upper left first": ([*SQUARE[::-1], [0.0, 0.2], [0.0, -0.2]], [], True),
     "inside": ([*SQUARE, [0.02, 0.01], [-0.03, 0.0]], [], True),
     "coincident": ([*SQUARE, [-0.1, -0.1], [0.1, -0.1]], [], True),
     "coincident with the last": ([*SQUARE, [0.1, 0.1], [0.1, 0.1]], [], True),
