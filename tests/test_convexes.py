@@ -123,6 +123,21 @@ def test_projection_by_kernel_and_reference(build: Any, count: int, points: int,
 
 
 @pytest.mark.parametrize("build", usable_levels(), indirect=True)
+def test_points_that_coincide_are_one_corner(build: Any) -> None:
+    """Wherever they are on the hull: on some, products of the same numbers in another order once made a second corner."""
+    cameras = make_cameras(1, 200, 131)
+    corners, *shape = make_convexes(300, 6, cameras)
+    corners[:, 5] = corners[:, 2]
+    got = project_convexes(corners, *shape, cameras.viewmats, cameras.Ks, (200, 131))[0]
+    kept = project_convexes(corners[:, :5], *shape, cameras.viewmats, cameras.Ks, (200, 131))[0]
+    edges = [
+        (hull.roll(-1, -2) - hull).abs().sum(-1) > 0
+        for hull in (t[..., 2:-3].unflatten(-1, (6, 2)) for t in (got, kept))
+    ]
+    assert torch.equal(*edges) and edges[0].any(-1).sum() > 150
+
+
+@pytest.mark.parametrize("build", usable_levels(), indirect=True)
 def test_what_is_drawn(build: Any) -> None:
     cameras = make_cameras(1, 200, 131)
     convexes = make_convexes(300, 6, cameras)

@@ -24,10 +24,11 @@ struct Hull {
           const vf turn =
               (px[right] - px[left]) * (py[middle] - py[left]) - (py[right] - py[left]) * (px[middle] - px[left]);
           vm below = lt(turn, vf{}), above = lt(vf{}, turn);
-          if (right < K - 1) {  // of points that coincide the first counts, but of those at the right end the last
-            const vm same = both(equal(px[middle], px[right]), equal(py[middle], py[right]));
-            below = either(below, same), above = either(above, same);
-          }
+          // Of points that coincide the first counts, but of those at the right end the last. Said of the end, too:
+          // where products are fused, their difference is not 0.
+          const vm same = both(equal(px[middle], px[right]), equal(py[middle], py[right]));
+          if (right < K - 1) below = either(below, same), above = either(above, same);
+          else below = but_not(below, same), above = but_not(above, same);
           lower[middle] = both(lower[middle], below), upper[middle] = both(upper[middle], above);
         }
     for (int k = 0; k < K; k++) x[k] = px[0], y[k] = py[0], from[k] = id[0];
