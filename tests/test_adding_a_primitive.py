@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -202,22 +203,15 @@ def compare_with_the_reference(count: int, device: torch.device) -> None:
     assert count < 5 or all(theirs.abs().max() > 0.01 for theirs in wanted_grads)
 
 
-@pytest.fixture(scope="module")
-def compiled(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
-    """Binning and compositing with the page's C++ among the primitives, compiled by themselves."""
-    nanobind = pytest.importorskip("nanobind", reason="nanobind is not installed: pip install -e '.[dev]'")
-    compiler = shutil.which("c++")
-    if compiler is None or sys.platform != "linux":
-        pytest.skip("compiles as on Linux, with c++")
-    folder = tmp_path_factory.mktemp("disc_kernels")
+def build_kernels(folder: Path, compiler: str, nanobind: ModuleType) -> None:
+    """Binning and compositing with the page's C++ among the primitives, as a module of their own in `folder`."""
     shutil.copytree(ROOT / "render" / "csrc", folder, dirs_exist_ok=True)
     (folder / "disc.h").write_text(blocks(PAGE, "cpp", "primitive").lstrip("\n"))
     table, last = (folder / "primitives.h").read_text(), "  else visit.template operator()<Gaussian>();\n"
     assert table.count(last) == 1 and table.count('#include "gaussian.h"\n') == 1
     table = table.replace(last, blocks(PAGE, "cpp", "row").lstrip("\n") + last)
-    (folder / "primitives.h").write_text(
-        table.replace('#include "gaussian.h"\n', '#include "disc.h"\n#include "gaussian.h"\n')
-    )
+    table = table.replace('#include "gaussian.h"\n', '#include "disc.h"\n#include "gaussian.h"\n')
+    (folder / "primitives.h").write_text(table)
     binds = "{ pf::bind_bin(m); pf::bind_composite(m); }"
     (folder / "disc_kernels.cpp").write_text(f'#include "bindings.h"\nNB_MODULE(disc_kernels, m) {binds}\n')
     home = Path(nanobind.include_dir()).parent
@@ -225,14 +219,30 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
     flags += ["-Werror", "-Wno-psabi", "-Wno-missing-field-initializers"]
     includes = [home / "include", home / "ext" / "robin_map" / "include", Path(sysconfig.get_path("include"))]
     sources = [
-        folder / "disc_kernels.cpp",
-        folder / "bin.cpp",
-        folder / "composite.cpp",
+        *(folder / f"{name}.cpp" for name in ("disc_kernels", "bin", "composite")),
         home / "src" / "nb_combined.cpp",
     ]
     command = [compiler, *flags, f"-I{folder}", *(f"-isystem{path}" for path in includes), *map(str, sources)]
     done = subprocess.run([*command, "-o", str(folder / "disc_kernels.so")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> ModuleType:
+    """The page's kernels, which one of the processes that run tests compiles for all."""
+    nanobind = pytest.importorskip("nanobind", reason="nanobind is not installed: pip install -e '.[dev]'")
+    compiler = shutil.which("c++")
+    if compiler is None or sys.platform != "linux":
+        pytest.skip("compiles as on Linux, with c++")
+    import fcntl
+
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "disc_kernels"
+    folder.mkdir(exist_ok=True)
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # until it is closed
+        if not (folder / "disc_kernels.so").exists():
+            build_kernels(folder, compiler, nanobind)
     sys.path.insert(0, str(folder))
     try:
         return __import__("disc_kernels")
