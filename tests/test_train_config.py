@@ -60,7 +60,7 @@ def another(hint: Any, value: Any) -> Any:
         return (3, 2, 1) if int in parts else (0.125, 0.25, 0.5)
     if hint is bool:
         return not value
-    return {int: 1 if value == 2 else 2, float: 0.0375, str: "another one", Path: Path("some folder/it's here")}[hint]
+    return {int: 2 if value == 3 else 3, float: 0.0375, str: "another one", Path: Path("some folder/it's here")}[hint]
 
 
 def everything_changed() -> TrainConfig:
@@ -99,7 +99,7 @@ def test_options_that_a_file_lacks_take_their_defaults() -> None:
         ('{"viewer": 1}', "viewer: expected bool, got 1"),
         ('{"seed": true}', "seed: expected int, got True"),
         ('{"scene": null}', "scene: expected str, got None"),
-        ('{"strategy": "magic"}', "strategy: expected adc or mcmc or fixed or occupancy, got 'magic'"),
+        ('{"strategy": "magic"}', "strategy: expected adc or mcmc or split or fixed or occupancy, got 'magic'"),
         ('{"schedule": {"resolution": [0.5, "a"]}}', r"schedule\.resolution: expected float, got 'a'"),
         ('{"schedule": {"resolution": 0.5}}', r"schedule\.resolution: expected tuple, got 0\.5"),
     ],
@@ -172,6 +172,8 @@ def test_numbers_that_cannot_be_are_refused_by_name(name: str, value: float) -> 
         ("data.initial_points", 1, None),
         ("log.every", 1, None),
         ("gaussians.sh_degree", 0, 3),
+        ("convexes.points", 3, 12),
+        ("split.stop", 0, 1),
         ("seed", 0, 2**32 - 1),
         ("threads", 0, 4096),
         ("viewer_port", 1, 65535),
