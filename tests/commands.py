@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+from filelock import FileLock
 
 
 def command(module: str, *words: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run `prismfield.MODULE` with the words after it, wherever that may be."""
     arguments = [sys.executable, "-m", f"prismfield.{module}", *map(str, words)]
     return subprocess.run(arguments, capture_output=True, text=True, cwd=cwd, timeout=300)
+
+
+def trained_once(factory: pytest.TempPathFactory, name: str, *words: object) -> Path:
+    """The folder of a run that `render-train` made of these words, once for all processes that run tests."""
+    base = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    folder = base / name
+    with FileLock(base / f"{name}.lock"):
+        if not (folder / "report.md").exists():
+            done = command("train.cli", *words, "--out", folder)
+            assert done.returncode == 0, done.stderr
+    return folder
 
 
 def refused(module: str, *words: object) -> str:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+# Several tests run at a time: torch's threads must not spin for others whose turn it is not. Read when torch is imported.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 import torch
+
+from .commands import trained_once
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     # Started in the background, and commands that a test starts would inherit it: those that are sent Ctrl-C never ended.
@@ -55,20 +58,5 @@ def device(request: pytest.FixtureRequest) -> torch.device:
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The folder of a finished run of the bundled scene, small and of few steps. Not to be written to: copy it first."""
-    folder = tmp_path_factory.mktemp("runs") / "garden"
-    words = [
-        "--scene",
-        "garden",
-        "--downscale",
-        "4",
-        "--steps",
-        "30",
-        "--log.tests",
-        "0",
-        "--log.checkpoint-steps",
-        "20",
-    ]
-    command = [sys.executable, "-m", "prismfield.train.cli", *words, "--out", str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return folder
+    words = "--scene garden --downscale 4 --steps 30 --log.tests 0 --log.checkpoint-steps 20"
+    return trained_once(tmp_path_factory, "garden", *words.split())

@@ -20,7 +20,9 @@ from typing import Any
 
 import torch
 
-TARGETS = [("cuda", 80, 32), ("cuda", 90, 32), ("hip", "gfx942", 64)]
+TARGETS = [("cuda", 90, 32), ("hip", "gfx942", 64)]
+_OLDER = ("cuda", 80, 32)
+_MANY = 120  # registers, of 255 that a thread may have: below, up to 40 more on sm_80 than on sm_90 do not matter
 _TYPES = {
     torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8", torch.bool: "*i1",
     torch.int16: "*i16", torch.float64: "*fp64",
@@ -95,6 +97,12 @@ def compile_for(spec: dict[str, Any], target: tuple[str, Any, int]) -> dict[str,
     }
 
 
+def compile_all(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    """`compile_for` on all targets; on the older one of NVIDIA's only where registers may run out."""
+    rows = [compile_for(spec, target) for target in TARGETS]
+    return rows + [compile_for(spec, _OLDER)] * (rows[0]["registers"] >= _MANY)
+
+
 def _cuda_usage(cubin: bytes) -> tuple[int, int]:
     """Registers a thread, and bytes of local memory: what does not fit."""
     import triton
@@ -123,5 +131,5 @@ def _hip_usage(assembly: str) -> tuple[int, int]:
 if __name__ == "__main__":
     specs = json.loads(Path(sys.argv[1]).read_text())
     with ProcessPoolExecutor() as pool:
-        for row in pool.map(compile_for, *zip(*itertools.product(specs, TARGETS), strict=True)):
+        for row in itertools.chain.from_iterable(pool.map(compile_all, specs)):
             print(json.dumps(row), flush=True)

@@ -189,3 +189,11 @@ def test_bad_arguments_are_named() -> None:
 def test_kernels_refuse_another_tile_size(build: Any) -> None:
     with pytest.raises(ValueError, match="tile_size"):
         bin_primitives("gaussian", *make_screen(7, (70, 45), 1), (70, 45), tile_size=8)
+
+
+@pytest.mark.parametrize("build", usable_levels(), indirect=True)
+def test_kernels_refuse_a_primitive_they_do_not_have(build: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was drawn as a Gaussian."""
+    monkeypatch.setitem(PRIMITIVES, "square", PRIMITIVES["gaussian"])
+    with pytest.raises(ValueError, match='primitive "square" has no C\\+\\+ kernels'):
+        bin_primitives("square", *make_screen(5, (19, 13), 1), size=(19, 13))

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
-from prismfield.datasets.scenes import load_scene
-from prismfield.datasets.views import Views
 from prismfield.render.cameras import Cameras
 from prismfield.render.output import RenderOutput
 from prismfield.representations.base import REPRESENTATIONS
@@ -22,14 +20,9 @@ from prismfield.representations.config import FieldConfig
 from prismfield.representations.fields import Field, HashField, _TruncatedExp
 from prismfield.train.strategies.config import OccupancyConfig
 from prismfield.train.strategies.occupancy import Occupancy
-from prismfield.viewer import pace
-from prismfield.viewer.live import LiveViewer, free_port
 
 from .checkpoints import content, same_content
-from .commands import command, refused
-from .live_client import LiveClient
-from .test_live_view import canvas, drive
-from .tiny_captures import transforms, write_transforms
+from .commands import command, refused, trained_once
 
 FIELDS = sorted(name for name, kind in REPRESENTATIONS.items() if kind.batching == "pixels")
 SMALL = FieldConfig(
@@ -253,76 +246,79 @@ def test_the_strategy_goes_on_where_it_was_saved(monkeypatch: pytest.MonkeyPatch
     assert torch.equal(first.jitter.get_state(), second.jitter.get_state())
 
 
-def test_the_live_view_shows_a_field(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = load_scene(str(write_transforms(tmp_path, transforms(6))), eval_every_nth=3)
-    monkeypatch.setattr(pace, "BLOCK_SECONDS", 60.0)
-    field = make_field("space")
-    viewer = LiveViewer("tiny", field, data, Views(data.train), Views(data.test), port=free_port("127.0.0.1", 18500))
-    try:
-        with LiveClient(viewer.port, width=60, height=40) as client:
-
-            def is_shown() -> bool:
-                if client.picture is None or client.picture.shape != (40, 60, 3):
-                    return False
-                with torch.no_grad():
-                    wanted = 255 * field.render(canvas(client)).rgb[0].clamp(0, 1).numpy()
-                return bool(np.abs(client.picture - wanted).mean() < 6 and wanted.std() > 10)
-
-            drive(viewer, is_shown)
-    finally:
-        viewer.close()
-
-
 _COMMON = "--scene garden --downscale 8 --eval-every-nth 40 --steps 40 --threads 2 --occupancy.interval 8 --schedule.samples 16384"
-_COMMON += " --log.tests 0 --log.every 1 --log.no-tensorboard"
+_COMMON += " --log.tests 0 --log.every 1 --log.no-tensorboard --log.checkpoint-steps 20"
 _SIZES = "--{0}.levels 3 --{0}.coarsest 8 --{0}.finest 16 --{0}.log2-rows 13 --{0}.width 16 --{0}.occupancy 16 --{0}.steps 64"
+_MORE = {
+    "hash": "--hash.sampler occupancy --exposure.enabled --pose.enabled --data.cache-mb 1",
+    "voxel": "--voxel.growth 0.6",
+    "hollow": "--hollow.saliency 8 --hollow.dual-interval 6 --hollow.prune 0.7 --hollow.saliency-lr 0.3 --hollow.lr-final 0.01"
+    " --hollow.sparsity 0.02 --hollow.rho 0.05",
+}
 
 
 def words_of(kind: str) -> list[str]:
-    return [*_COMMON.split(), "--representation", kind, *_SIZES.format(kind).split()]
+    return f"{_COMMON} --representation {kind} {_SIZES.format(kind)} {_MORE.get(kind, '')}".split()
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A short training of each field, without a break."""
-    found = {}
-    for kind in FIELDS:
-        found[kind] = tmp_path_factory.mktemp(kind) / "run"
-        more = ["--exposure.enabled", "--pose.enabled", "--data.cache-mb", 1] if kind == "hash" else []
-        done = command("train.cli", *words_of(kind), *more, "--out", found[kind])
-        assert done.returncode == 0, done.stderr
-    return found
+@pytest.fixture
+def trained(kind: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A short training without a break."""
+    return trained_once(tmp_path_factory, f"field_{kind}", *words_of(kind))
 
 
 @pytest.mark.parametrize("kind", FIELDS)
-def test_a_training_learns_and_reports(kind: str, runs: dict[str, Path]) -> None:
-    lines = [json.loads(line) for line in (runs[kind] / "metrics.jsonl").read_text().splitlines()]
+def test_a_training_learns_and_reports(kind: str, trained: Path) -> None:
+    lines = [json.loads(line) for line in (trained / "metrics.jsonl").read_text().splitlines()]
     decibels = [line["psnr"] for line in lines if "loss" in line]  # losses have terms that appear on the way
     assert sum(decibels[-2:]) > sum(decibels[:2]) + 0.5
-    report = (runs[kind] / "report.md").read_text()
+    report = (trained / "report.md").read_text()
     assert f": {kind}, occupancy, 40 steps" in report and "| parameters | " in report and "| test PSNR | " in report
-    tensors, _ = content(runs[kind], 40)
+    tensors, _ = content(trained, 40)
     assert {"scene.grid.bits", "optimizer.color_mlp.weights.exp_avg"} <= tensors.keys()
     assert any(name.startswith("scene.encoding.") and name.endswith("table") for name in tensors)
 
 
-def test_a_run_in_two_parts_is_the_run_in_one(runs: dict[str, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["hash"])
+def test_a_run_in_two_parts_is_the_run_in_one(kind: str, trained: Path, tmp_path: Path) -> None:
     """Stopped between two looks at the occupancy, with images that take turns in memory."""
     run = tmp_path / "run"
-    more = ["--exposure.enabled", "--pose.enabled", "--data.cache-mb", 1, "--pause-at", 13]
-    done = command("train.cli", *words_of("hash"), *more, "--out", run)
+    done = command("train.cli", *words_of(kind), "--pause-at", 13, "--out", run)
     assert done.returncode == 0, done.stderr
     done = command("train.cli", "--resume", run)
     assert done.returncode == 0, done.stderr
     assert "going on at step 13" in done.stderr
-    tensors, _ = same_content(run, runs["hash"], 40)
+    tensors, _ = same_content(run, trained, 40)
     assert {"exposure.deltas", "poses.deltas", "strategy.jitter", "batches.held"} <= tensors.keys()
     assert len(tensors["batches.held"]) < len(tensors["exposure.deltas"])
     assert tensors["exposure.deltas"].abs().max() > 0 and tensors["poses.deltas"].abs().max() > 0
 
 
-def test_a_field_is_measured_and_filmed_but_is_no_file_of_splats(runs: dict[str, Path], tmp_path: Path) -> None:
-    run = runs["hash"]
+@pytest.mark.parametrize("kind", [kind for kind in FIELDS if kind != "hash"])
+def test_what_goes_on_from_a_checkpoint_is_the_run_in_one(kind: str, trained: Path, tmp_path: Path) -> None:
+    """With proposals; `voxel` while a grid is still to come, `hollow` between two dual updates."""
+    run = Path(shutil.copytree(trained, tmp_path / "run"))
+    shutil.rmtree(run / "checkpoints/step_00000040")
+    first, _ = content(run, 20)
+    done = command("train.cli", "--resume", run)
+    assert done.returncode == 0 and "going on at step 20" in done.stderr, done.stderr
+    tensors, state = same_content(run, trained, 40)
+    assert float(first["scene.proposals.progress"]) == 0.5 and float(tensors["scene.proposals.progress"]) == 1
+    if kind == "voxel":
+        assert int(first["scene.encoding.active"]) == 2 and int(tensors["scene.encoding.active"]) == 3
+        assert "optimizer.encoding.grids.2.table.exp_avg" not in first
+        assert state["updates"]["encoding.grids.2.table"] < 40
+        assert tensors["scene.encoding.shares"].unique().numel() > 2  # the session has shown it the cameras
+    if kind == "hollow":
+        assert first["scene.encoding.dual"].abs().max() > 0 and not first["scene.encoding.cut"]
+        assert int(tensors["scene.encoding.steps"]) == 28
+        kept = tensors["scene.encoding.kept"]
+        assert tensors["scene.encoding.cut"] and 0 < int(kept.sum()) < len(kept)
+
+
+@pytest.mark.parametrize("kind", ["hash"])
+def test_a_field_is_measured_and_filmed_but_is_no_file_of_splats(kind: str, trained: Path, tmp_path: Path) -> None:
+    run = trained
     done = command("train.eval_cli", run, "--json", tmp_path / "eval.json", "--sheet", tmp_path / "eval.png")
     assert done.returncode == 0, done.stderr
     numbers = json.loads((tmp_path / "eval.json").read_text())

@@ -1,9 +1,8 @@
-"""The hollowed field: soft threshold, dual updates, the cut, and a run in two parts."""
+"""The hollowed field: soft threshold, dual updates, and the cut."""
 
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +14,6 @@ from prismfield.representations.base import size_of
 from prismfield.representations.config import FieldConfig, HollowConfig
 from prismfield.representations.fields import HashField
 from prismfield.representations.hollow import HollowField, soft_threshold
-
-from .checkpoints import content, same_content
-from .commands import command
 
 SMALL = HollowConfig(
     levels=4, log2_rows=12, coarsest=4, finest=24, width=16, occupancy=16, steps=64, saliency=6, extent="box"
@@ -153,24 +149,3 @@ def test_rates_and_options() -> None:
     ):
         with pytest.raises(ValueError, match=said + got):
             make_field(**options)
-
-
-WORDS = "--scene garden --downscale 8 --eval-every-nth 40 --steps 16 --occupancy.interval 8"
-WORDS += " --schedule.samples 8192 --log.tests 0 --log.no-tensorboard --representation hollow --hollow.levels 3"
-WORDS += " --hollow.coarsest 6 --hollow.finest 16 --hollow.log2-rows 12 --hollow.width 16 --hollow.occupancy 16 --hollow.steps 64"
-WORDS += " --hollow.saliency 8 --hollow.dual-interval 3 --hollow.prune 0.7 --hollow.saliency-lr 0.3 --hollow.lr-final 0.01 --hollow.sparsity 0.02 --hollow.rho 0.05"
-
-
-def test_a_run_in_two_parts_is_the_run_in_one(tmp_path: Path) -> None:
-    """Stopped between two dual updates."""
-    for name, words in (("one", []), ("two", ["--pause-at", 7])):
-        done = command("train.cli", *WORDS.split(), *words, "--out", tmp_path / name)
-        assert done.returncode == 0, done.stderr
-    first, _ = content(tmp_path / "two", 7)
-    assert first["scene.encoding.dual"].abs().max() > 0 and not first["scene.encoding.cut"]
-    done = command("train.cli", "--resume", tmp_path / "two")
-    assert done.returncode == 0 and "going on at step 7" in done.stderr, done.stderr
-    tensors, _ = same_content(tmp_path / "two", tmp_path / "one", 16)
-    assert int(tensors["scene.encoding.steps"]) == 12
-    kept = tensors["scene.encoding.kept"]
-    assert tensors["scene.encoding.cut"] and 0 < int(kept.sum()) < len(kept)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,8 +15,6 @@ from prismfield.representations.config import FieldConfig
 from prismfield.representations.fields import HashField
 from prismfield.representations.proposals import Proposals
 
-from .checkpoints import same_content
-from .commands import command
 from .test_fields import BOX, EMPTY, SMALL, make_camera, show
 
 AUTO = replace(SMALL, sampler="auto")
@@ -128,16 +125,6 @@ def test_a_finished_field_asks_the_same_each_time() -> None:
         assert torch.equal(whole.rgb, field.render(make_camera()).rgb)
         some = again.render(make_camera(), torch.tensor([[0, 5, 9], [0, 40, 30]]))
     torch.testing.assert_close(some.rgb, whole.rgb[0, [9, 30], [5, 40]], atol=1e-5, rtol=0)
-
-
-def test_a_run_in_two_parts_is_the_run_in_one(tmp_path: Path) -> None:
-    words = "--scene garden --representation hash --downscale 8 --eval-every-nth 40 --steps 10 --schedule.samples 2000"
-    words += " --hash.levels 4 --hash.log2-rows 12 --hash.width 16 --log.tests 0 --log.no-tensorboard"
-    command("train.cli", *words.split(), "--out", tmp_path / "whole")
-    command("train.cli", *words.split(), "--pause-at", "4", "--out", tmp_path / "parts")
-    command("train.cli", "--resume", tmp_path / "parts")
-    tensors, _ = same_content(tmp_path / "parts", tmp_path / "whole", 10)
-    assert float(tensors["scene.proposals.progress"]) == 1
 
 
 def test_bounds_do_not_matter_to_what_is_far() -> None:

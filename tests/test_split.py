@@ -13,7 +13,7 @@ from prismfield.representations.convexes import Convexes, fibonacci_sphere
 from prismfield.train.strategies.config import SplitConfig
 from prismfield.train.strategies.split import Split, at_points, halves
 
-from .test_strategies import assert_attached, make_optimizer, make_splats, step_once
+from .test_strategies import assert_attached, make_optimizer, make_splats, moments, step_once
 
 ONCE: dict[str, Any] = {"start": 1, "interval": 1, "min_interval": 1, "growth": "threshold", "grad_threshold": 0.5}
 
@@ -74,6 +74,7 @@ def test_a_split_convex_is_replaced_by_its_parts(into: Any, each: int) -> None:
     optimizer = make_optimizer(scene)
     step_once(scene, optimizer, ("absgrad",))
     before = {name: value.clone() for name, value in scene.tensors().items()}
+    seconds = moments(scene, optimizer, "exp_avg_sq")
     config = SplitConfig(**ONCE, into=into, part_opacity=0.5, part_delta=2.0, part_sigma=3.0, min_opacity=0.0)
     strategy = Split(config, scene, max_primitives=100, seed=0)
     gradients = torch.zeros(12)
@@ -93,6 +94,9 @@ def test_a_split_convex_is_replaced_by_its_parts(into: Any, each: int) -> None:
         torch.testing.assert_close(scene.sigmas[rows[which]], 3 * before["log_sigmas"][[row] * each].exp())
         assert torch.equal(scene.sh0[rows[which]], before["sh0"][[row] * each])
         assert (optimizer.state[scene.points]["exp_avg"][rows[which]] == 0).all()
+        for name, value in moments(scene, optimizer, "exp_avg_sq").items():
+            assert torch.equal(value[rows[which]], seconds[name][[row] * each]), name
+        assert seconds["points"][row].any()  # not of points inside the hull
 
 
 @pytest.mark.parametrize("absgrad", [False, True])

@@ -1,10 +1,9 @@
-"""Voxels: their closed forms, what cameras teach them before the first step, and a run in two parts."""
+"""Voxels: their closed forms, and what cameras teach them before the first step."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +14,6 @@ from prismfield.render.cameras import Cameras
 from prismfield.representations.config import FieldConfig, VoxelConfig
 from prismfield.representations.voxels import VoxelField, VoxelPyramid, count_views, entropy
 from prismfield.train.optimizer import FusedAdam
-
-from .checkpoints import content, same_content
-from .commands import command
 
 SMALL = VoxelConfig(
     levels=3, log2_rows=13, coarsest=4, finest=16, width=16, occupancy=16, steps=64, nests=3, growth=0.4
@@ -242,27 +238,3 @@ def test_options_that_make_no_sense_are_named() -> None:
         with pytest.raises(ValueError, match=f"^{said}$"):
             make_field(**options)
     assert isinstance(SMALL, FieldConfig)
-
-
-WORDS = "--scene garden --downscale 8 --eval-every-nth 40 --steps 16 --occupancy.interval 8"
-WORDS += " --schedule.samples 8192 --log.tests 0 --log.no-tensorboard --representation voxel --voxel.levels 3"
-WORDS += (
-    " --voxel.coarsest 6 --voxel.finest 16 --voxel.log2-rows 13 --voxel.width 16 --voxel.occupancy 16 --voxel.steps 64"
-)
-WORDS += " --voxel.growth 0.6"
-
-
-def test_a_run_in_two_parts_is_the_run_in_one(tmp_path: Path) -> None:
-    """Stopped while a grid is still to come."""
-    for name, words in (("one", []), ("two", ["--pause-at", 7])):
-        done = command("train.cli", *WORDS.split(), *words, "--out", tmp_path / name)
-        assert done.returncode == 0, done.stderr
-    first, _ = content(tmp_path / "two", 7)
-    assert int(first["scene.encoding.active"]) == 2 and "optimizer.encoding.grids.2.table.exp_avg" not in first
-    done = command("train.cli", "--resume", tmp_path / "two")
-    assert done.returncode == 0 and "going on at step 7" in done.stderr, done.stderr
-    tensors, state = same_content(tmp_path / "two", tmp_path / "one", 16)
-    assert int(tensors["scene.encoding.active"]) == 3
-    assert state["updates"]["encoding.grids.2.table"] < 16
-    # The session has shown it the cameras
-    assert tensors["scene.encoding.shares"].unique().numel() > 2
