@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+_SECOND = "exp_avg_sq"
+
 
 @torch.no_grad()
 def keep_rows(scene: nn.Module, optimizer: torch.optim.Optimizer, keep: Tensor) -> None:
@@ -19,7 +21,7 @@ def keep_rows(scene: nn.Module, optimizer: torch.optim.Optimizer, keep: Tensor) 
     gaps = (~keep[:count]).nonzero().squeeze(1)
     movers = keep[count:].nonzero().squeeze(1) + count
 
-    def compact(values: Tensor, _name: str, _is_moment: bool) -> Tensor:
+    def compact(values: Tensor, _name: str, _moment: str) -> Tensor:
         values[gaps] = values[movers]
         return values[:count]
 
@@ -27,37 +29,54 @@ def keep_rows(scene: nn.Module, optimizer: torch.optim.Optimizer, keep: Tensor) 
 
 
 @torch.no_grad()
-def append_rows(scene: nn.Module, optimizer: torch.optim.Optimizer, rows: dict[str, Tensor]) -> None:
-    """Add primitives after the last. Their moments start at zero.
+def append_rows(
+    scene: nn.Module, optimizer: torch.optim.Optimizer, rows: dict[str, Tensor], parents: Tensor | None = None
+) -> None:
+    """Add primitives after the last. Their moments start at zero, or the second one as that of their parents.
+
+    Late in a training, Adam's steps without a second moment are up to six and a half times its rate.
 
     Args:
         rows: for every parameter of the scene, by name, [M, ...].
+        parents: [M] integers, the primitive that each one comes from.
     """
     expected = [name for name, _ in scene.named_parameters()]
     if sorted(rows) != sorted(expected):
         raise ValueError(f"rows: expected {', '.join(expected)}, got {', '.join(rows)}")
 
-    def extend(values: Tensor, name: str, is_moment: bool) -> Tensor:
+    def extend(values: Tensor, name: str, moment: str) -> Tensor:
         longer = _with_room(values, len(values) + len(rows[name]))
-        longer[len(values) :] = 0 if is_moment else rows[name]
+        if moment == _SECOND and parents is not None:
+            longer[len(values) :] = values[parents]
+        else:
+            longer[len(values) :] = 0 if moment else rows[name]
         return longer
 
     _exchange(scene, optimizer, extend)
 
 
 @torch.no_grad()
-def replace_rows(scene: nn.Module, optimizer: torch.optim.Optimizer, index: Tensor, rows: dict[str, Tensor]) -> None:
+def replace_rows(
+    scene: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    index: Tensor,
+    rows: dict[str, Tensor],
+    *,
+    keep_second: bool = False,
+) -> None:
     """Overwrite primitives in place and zero their moments.
 
     Args:
         index: [M] integers, no two alike.
         rows: by parameter name, [M, ...]; parameters that are not named stay as they are, with their moments.
+        keep_second: the second moment stays; see `append_rows`.
     """
     for name, values in rows.items():
         parameter = scene.get_parameter(name)
         parameter.index_copy_(0, index, values)
-        for moments in _moments(optimizer, parameter).values():
-            moments.index_fill_(0, index, 0)
+        for moment, values_of in _moments(optimizer, parameter).items():
+            if not (keep_second and moment == _SECOND):
+                values_of.index_fill_(0, index, 0)
 
 
 def _moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:
@@ -66,17 +85,15 @@ def _moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[
     return {key: value for key, value in state.items() if torch.is_tensor(value) and value.shape == parameter.shape}
 
 
-def _exchange(
-    scene: nn.Module, optimizer: torch.optim.Optimizer, change: Callable[[Tensor, str, bool], Tensor]
-) -> None:
-    """Put `change(values, parameter name, whether they are moments)` in the place of every parameter and moment.
+def _exchange(scene: nn.Module, optimizer: torch.optim.Optimizer, change: Callable[[Tensor, str, str], Tensor]) -> None:
+    """Put `change(values, parameter name, name of the moment or "")` in the place of every parameter and moment.
 
     Parameters are new objects: autograd keeps the old shape of one whose data is exchanged while a graph is alive.
     """
     exchanged: dict[nn.Parameter, nn.Parameter] = {}
     for name, old in list(scene.named_parameters()):
-        moments = {key: change(value, name, True) for key, value in _moments(optimizer, old).items()}
-        new = nn.Parameter(change(old.detach(), name, False), requires_grad=old.requires_grad)
+        moments = {key: change(value, name, key) for key, value in _moments(optimizer, old).items()}
+        new = nn.Parameter(change(old.detach(), name, ""), requires_grad=old.requires_grad)
         if old in optimizer.state:
             optimizer.state[new] = optimizer.state.pop(old) | moments
         setattr(scene, name, new)
