@@ -21,6 +21,8 @@ class OutputOptions:
     """Version of an .spz: 3 (default) is read by most programs, 4 is smaller."""
     spz_sh_bits: tuple[int, int] | None = None
     """Bits of an .spz for harmonics of degree 1 and for higher ones, 1 to 8; default 5 4."""
+    sog_palette: int | None = None
+    """How many sets of harmonics the Gaussians of a .sog share, 65,536 at most; default about one for two to four."""
     verify: bool = True
     """Render what was written and what is read back, print the PSNR, and keep the file only if it is above the format's floor."""
 
@@ -33,7 +35,7 @@ class ExportConfig:
     """A run's folder, or a file of splats."""
     to: Path
     """The file, replaced if it is there; its suffix says the format. Gaussians: .ply (the layout of 3D Gaussian Splatting),
-    .compressed.ply, .spz, .splat; convexes: .ply, and .glb and .obj, a mesh of their hulls."""
+    .compressed.ply, .spz, .sog (or a folder NAME_sog), .splat; convexes: .ply, and .glb and .obj, a mesh of their hulls."""
     step: int | None = None
     """Of which checkpoint of a run; default the newest."""
     threads: int = 0
@@ -65,8 +67,6 @@ def export(config: ExportConfig) -> None:
 
 def write(scene: Path, to: Path, options: OutputOptions, step: int | None, threads: int, option: str = "") -> None:
     """What `render-export` and `render-convert` do; `option` is what stands before the file on the command line."""
-    if to.is_dir():
-        raise IsADirectoryError(f"{option}{to}: is a folder")
     from rich.console import Console
 
     from prismfield.export.convert import format_for, open_source, write_checked
@@ -77,11 +77,15 @@ def write(scene: Path, to: Path, options: OutputOptions, step: int | None, threa
     show_log()
     use_threads(threads)
     source = open_source(scene, step=step)
-    told = WriteOptions(options.spz_version, options.spz_sh_bits)
+    told = WriteOptions(options.spz_version, options.spz_sh_bits, options.sog_palette)
     try:
         form = format_for(to, source.asset, told)
     except ValueError as error:
+        if to.is_dir():
+            raise IsADirectoryError(f"{option}{to}: is a folder") from error
         raise ValueError(f"{option}{error}") from error
+    if to.is_dir() and not form.is_folder:
+        raise IsADirectoryError(f"{option}{to}: is a folder")
     written = write_checked(source, to, told, sh_degree=options.sh_degree, is_verified=options.verify)
     console = Console(highlight=False, soft_wrap=True)
     for line in describe(source, to, written):

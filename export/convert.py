@@ -16,6 +16,7 @@ import torch
 from prismfield.export.assets import Asset, SplatAsset
 from prismfield.export.formats import FORMATS, Format, WriteOptions, ending, is_asset, read_asset
 from prismfield.export.library import Scene, content_frame, load, render, scene_of
+from prismfield.export.sog_files import META
 from prismfield.render.cameras import Cameras
 from prismfield.train.camera_path import orbit, ring
 from prismfield.train.metrics import psnr
@@ -100,23 +101,42 @@ def write_checked(
     if sh_degree is not None and sh_degree < asset.sh_degree:
         asset = asset.at_degree(sh_degree)
         source = Source(source.path, asset, scene_of(asset, source.path, frame=source.scene.frame))
+    if form.is_folder and path.name.lower() == META:
+        path = path.parent
+    if form.is_folder and path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path}: is a file, expected a folder")
     path.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
     try:
-        target = staging / path.name
+        target = staging / ("files" if form.is_folder else path.name)
         assert form.write is not None
         try:
             words = form.write(target, asset, options)
         except (ValueError, OSError) as error:
             raise type(error)(str(error).replace(str(target), str(path))) from error
         about = words or f"{len(asset):,} {asset.noun} of degree {min(asset.sh_degree, form.max_degree)}"
-        written = Written(about, target.stat().st_size, None, None, 0)
+        written = Written(about, size_of(target), None, None, 0)
         if is_verified and form.read is not None:
             written = _verified(source, form, form.read(target), path, written)
-        os.replace(target, path)
+        _settle(target, path)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
     return written
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of the files in a folder; of a meta.json, those beside it too."""
+    folder = path.parent if path.name.lower() == META else path
+    return sum(part.stat().st_size for part in folder.iterdir()) if folder.is_dir() else path.stat().st_size
+
+
+def _settle(made: Path, path: Path) -> None:
+    """Give it its name. In a folder that is there already, meta.json comes last: until then it speaks of the old files."""
+    if not (made.is_dir() and path.is_dir()):
+        os.replace(made, path)
+        return
+    for part in sorted(made.iterdir(), key=lambda part: part.name == META):
+        os.replace(part, path / part.name)
 
 
 def _verified(source: Source, form: Format, again: Asset, path: Path, written: Written) -> Written:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,8 @@ from prismfield.export.mesh import write_glb, write_obj
 from prismfield.export.ply import ply_bytes, read_ply, write_ply
 from prismfield.export.ply_file import read_header
 from prismfield.export.reading import naming
+from prismfield.export.sog import read_sog, write_sog
+from prismfield.export.sog_files import META
 from prismfield.export.splat import read_splat, write_splat
 from prismfield.export.spz import read_spz, write_spz
 from prismfield.representations.base import REPRESENTATIONS, Representation
@@ -31,6 +33,8 @@ class WriteOptions:
     """Of an .spz: 3, which most programs read, or 4."""
     spz_sh_bits: tuple[int, int] | None = None
     """Of an .spz: bits of harmonics of degree 1, and of higher ones."""
+    sog_palette: int | None = None
+    """Of a .sog: how many sets of harmonics its Gaussians share, 65,536 at most."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +52,8 @@ class Format:
     """PSNR, decibels: a file read back that looks less like what the format can hold of the asset is not kept."""
     max_degree: int = 3
     """Of the harmonics that it holds."""
+    is_folder: bool = False
+    """Whether `write` makes a folder; its files go where the name says."""
     holds_antialiased: bool = True
     """Whether it says how the splats are drawn."""
     options: tuple[str, ...] = ()
@@ -70,6 +76,14 @@ def _plain(write: Callable[[Path, Any], str | None]) -> Callable[[Path, Any, Wri
     return lambda path, asset, _: write(path, asset)
 
 
+_SOG = Format(
+    "PlayCanvas's, a picture for each property",
+    lambda path, asset, options: write_sog(path, asset, options.sog_palette),
+    read_sog,
+    floor=32.0,
+    options=("sog_palette",),
+)
+
 FORMATS: dict[str, dict[str, Format]] = {
     "gaussians": {
         ".ply": Format("the layout of 3D Gaussian Splatting (INRIA)", _plain(write_ply), read_ply, ply_bytes),
@@ -77,6 +91,9 @@ FORMATS: dict[str, dict[str, Format]] = {
             "PlayCanvas's packed .ply", _plain(write_compressed_ply), read_compressed_ply, floor=35.0
         ),
         ".spz": Format("Niantic's", _as_spz, read_spz, floor=32.0, options=("spz_version", "spz_sh_bits")),
+        ".sog": _SOG,
+        "_sog": replace(_SOG, about="the files of a .sog in a folder NAME_sog", is_folder=True),
+        "meta.json": replace(_SOG, about="the files of a .sog beside each other", is_folder=True),
         ".splat": Format(
             "32 bytes each, the same colour from everywhere",
             _plain(write_splat),
@@ -116,14 +133,20 @@ def asset_of(scene: Representation, frame: SceneFrame) -> Asset:
 
 
 def ending(path: Path, known: Iterable[str]) -> str | None:
-    """The longest of the `known` endings of names that `path` has, whatever its case; None if it has none."""
+    """The longest of the `known` endings of names that `path` has, whatever its case; None if it has none.
+
+    One that begins with neither a dot nor an underscore is a whole name.
+    """
     name = path.name.lower()
-    return max((end for end in known if name.endswith(end)), key=len, default=None)
+    found = (end for end in known if (name.endswith(end) if end[0] in "._" else name == end))
+    return max(found, key=len, default=None)
 
 
 def is_asset(path: Path) -> bool:
-    """Whether the name is that of a file `read_asset` reads; a run's folder is not."""
-    return not path.is_dir() and ending(path, _readers()) is not None
+    """Whether `path` is something for `read_asset`: a name that it knows, or a folder with the files of a .sog, not of a run."""
+    if path.is_dir():
+        return (path / META).is_file() and not (path / "config.json").exists()
+    return ending(path, _readers()) is not None
 
 
 def read_asset(path: Path) -> Asset:
@@ -134,7 +157,7 @@ def read_asset(path: Path) -> Asset:
         ValueError: one line saying what is wrong with it.
     """
     readers = _readers()
-    end = ending(path, readers)
+    end = META if path.is_dir() else ending(path, readers)
     if end is None:
         raise ValueError(f"{path}: expected a file whose name ends with {', '.join(readers)}")
     if not end.endswith(".ply"):

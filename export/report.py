@@ -11,12 +11,13 @@ if TYPE_CHECKING:
 
 def describe(source: Source, path: Path, written: Written) -> list[str]:
     """Lines: what is in the file, how large it is beside what it was made from, and how it looks."""
-    from prismfield.export.formats import FORMATS
+    from prismfield.export.convert import size_of
+    from prismfield.export.formats import FORMATS, is_asset
 
     count = len(source.asset)
     lines = [f"{path}: {written.about}, {written.bytes:,} bytes ({written.bytes / count:.0f} each)"]
-    if source.path.is_file():
-        before, name = source.path.stat().st_size, str(source.path)
+    if is_asset(source.path):
+        before, name = size_of(source.path), str(source.path)
     else:
         size = FORMATS[source.asset.representation][".ply"].size
         assert size is not None

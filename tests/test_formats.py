@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import struct
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,6 +16,9 @@ from prismfield.export.convert import Source, write_checked
 from prismfield.export.formats import FORMATS, WriteOptions, ending, read_asset
 from prismfield.export.library import load, scene_of
 from prismfield.export.ply import read_ply
+from prismfield.export.smallest_three import LARGEST
+from prismfield.export.sog import read_sog
+from prismfield.export.sog_files import webp
 from prismfield.export.splat import read_splat
 from prismfield.export.spz import read_spz, write_spz
 from prismfield.render.ops.sh import C0
@@ -62,6 +66,11 @@ CELLS = [
     Cell("a.spz", 1 / 8192, 0.25, 1 / 32, 0.5 / 255, 0.5 / 255 / 0.15, 8.5 / 128, 36),
     Cell("b.spz", 1 / 8192, 0.25, 1 / 32, 0.5 / 255, 0.5 / 255 / 0.15, 8.5 / 128, 36, WriteOptions(spz_version=4)),
     Cell("c.spz", 1 / 8192, 0.25, 1 / 32, 0.5 / 255, 0.5 / 255 / 0.15, 1 / 128, 42, WriteOptions(spz_sh_bits=(8, 8))),
+    # Steps of 16 bits in ln(1 + |x|) up to 6; codebooks and palette have no bound but that of what they were made for
+    Cell("a.sog", 3e-4, 0.9, 0.25, 0.5 / 255, 0.05, 0.9, 33),
+    Cell("d.sog", 3e-4, 0.9, 0.25, 0.5 / 255, 0.05, 0.08, 40, WriteOptions(sog_palette=1 << 16)),
+    Cell("a_sog", 3e-4, 0.9, 0.25, 0.5 / 255, 0.05, 0.9, 33),
+    Cell("meta.json", 3e-4, 0.9, 0.25, 0.5 / 255, 0.05, 0.9, 33),
     Cell("a.splat", 0, 1.0, 1e-5, 0.5 / 255, 0.5 / 255 / C0, 0, 40, keeps_antialiased=False, max_degree=0),
 ]
 
@@ -73,7 +82,8 @@ def test_what_is_written_comes_back_within_its_quantisation(tmp_path: Path, cell
     path = tmp_path / "new" / cell.name
     source = Source(tmp_path, asset, scene_of(asset, tmp_path))
     written = write_checked(source, path, cell.options, is_verified=degree == 3)
-    assert [entry.name for entry in path.parent.iterdir()] == [path.name]
+    names = [entry.name for entry in path.parent.iterdir()]
+    assert path.name in names and all(name.endswith((".webp", path.name)) for name in names)
     if degree == 3:
         found = written.psnr if written.psnr_held is None else written.psnr_held
         assert found is not None and found >= cell.psnr
@@ -85,6 +95,7 @@ def test_what_is_written_comes_back_within_its_quantisation(tmp_path: Path, cell
     assert np.abs(again.means - asset.means).max() <= cell.mean * slack + 1e-6
     assert angles(asset, again).max() <= cell.degrees
     assert np.abs(again.log_scales - asset.log_scales).max() <= cell.log_scale * slack
+    assert rms(again.log_scales - asset.log_scales) <= 0.02 and rms(again.sh[:, 0] - asset.sh[:, 0]) <= 0.008
     assert np.abs(again.opacities - asset.opacities).max() <= cell.opacity * slack
     terms = again.sh.shape[1]
     assert np.abs(again.sh[:, 0] - asset.sh[:, 0]).max() <= cell.dc * slack + 1e-6
@@ -213,6 +224,65 @@ def test_flowers_in_every_format_are_the_same(shared_data: Path) -> None:
     assert (np.abs(ordered[1].sh[:, 0] - clipped).max(1) < 1.1 / 255 / C0).mean() > 0.99
 
 
+def test_flowers_as_sog_are_the_ply_that_was_made_of_them(shared_data: Path) -> None:
+    ply = read_ply(shared_data / "splats" / "flowers_lod3_inria.ply")
+    for path in ("flowers_lod3_sog", "flowers_lod3_sog/meta.json"):
+        sog = load(shared_data / "splats" / path).asset()
+        assert sog.sh_degree == 2
+        sog = read_sog(shared_data / "splats" / path)
+        assert max(ply.at_degree(2).differences(sog).values()) < 1e-6
+
+
+@pytest.mark.parametrize(("name", "count"), [("angel", 71_359), ("trumpet", 89_292)])
+def test_statues_in_a_zip(shared_data: Path, name: str, count: int) -> None:
+    asset = read_asset(shared_data / "splats" / f"{name}.sog")
+    assert isinstance(asset, SplatAsset) and len(asset) == count and asset.sh_degree == 0
+    assert 1 < np.ptp(asset.means, 0).max() < 10 and 0.3 < asset.opacities.mean() < 1
+
+
+def test_a_sog_of_version_1(tmp_path: Path) -> None:
+    """Four splats, picture by picture."""
+    quats = np.array([[128, 128, 128, 252], [255, 128, 128, 253], [128, 128, 128, 255], [9, 9, 9, 0]])
+    flat = np.tile([0, 128, 255, 255], (4, 1))
+    labels = np.array([[0, 0, 0, 255], [1, 0, 0, 255], [65, 0, 0, 255], [1, 0, 0, 255]])
+    sheet = np.zeros((2, 64 * 3, 4))
+    sheet[0, 3:6, :3] = [[255, 0, 51], [102, 0, 0], [0, 0, 255]]  # of entry 1: terms 1 to 3
+    sheet[1, 3:6, :3] = 255  # of entry 65
+    pictures = {"l": np.tile([255, 0, 0, 255], (4, 1)), "u": np.tile([127, 0, 255, 255], (4, 1)), "q": quats}
+    pictures |= {"s": flat, "c": flat, "n": labels}
+    folder = tmp_path / "old_sog"
+    folder.mkdir()
+    for key, values in pictures.items():
+        (folder / key).write_bytes(webp(values.reshape(2, 2, 4).astype(np.uint8)))
+    (folder / "p").write_bytes(webp(sheet.astype(np.uint8)))
+    means = {"shape": [4, 3], "mins": [-1, -2, 0], "maxs": [1, 2, 65535 / 65280], "files": ["l", "u"]}
+    scales = {"mins": [-3, -2, -1], "maxs": [0, 0, 1], "files": ["s"]}
+    sh0 = {"mins": [-1, -1, -1, 0], "maxs": [1, 1, 1, 2], "files": ["c"]}
+    meta = {"means": means, "scales": scales, "quats": {"files": ["q"]}, "sh0": sh0}
+    meta["shN"] = {"mins": -1, "maxs": 1, "files": ["p", "n"]}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    asset = read_sog(folder)
+    np.testing.assert_allclose(asset.means[0], [1 - np.exp(2 / 65535 / 2), 1 - np.exp(2), np.e - 1], atol=1e-4)
+    np.testing.assert_allclose(asset.log_scales[2], [-3, -2 + 2 * 128 / 255, 1], atol=1e-5)
+    np.testing.assert_allclose(asset.sh[0, 0], [-1, 1 / 255, 1], atol=1e-5)
+    np.testing.assert_allclose(asset.opacities, 1 / (1 + np.exp(-2)), atol=1e-5)
+    np.testing.assert_allclose(np.abs(asset.quats).argmax(1), [0, 0, 3, 0])
+    np.testing.assert_allclose(np.abs(asset.quats[1]), [LARGEST, LARGEST, 0, 0], atol=0.01)
+    np.testing.assert_allclose(asset.sh[1, 1:], [[1, -1, -0.6], [-0.2, -1, -1], [-1, -1, 1]], atol=1e-5)
+    np.testing.assert_allclose(asset.sh[2, 1:], 1, atol=1e-5)
+
+
+def test_a_folder_is_replaced_and_a_file_in_its_place_is_not(tmp_path: Path) -> None:
+    asset = make_splats(50, degree=0)
+    source = Source(tmp_path, asset, scene_of(asset, tmp_path))
+    for _ in range(2):
+        write_checked(source, tmp_path / "a_sog", WriteOptions(), is_verified=False)
+        assert len(read_asset(tmp_path / "a_sog")) == 50 and len(list(tmp_path.iterdir())) == 1
+    (tmp_path / "b_sog").write_text("a file")
+    with pytest.raises(NotADirectoryError, match="b_sog"):
+        write_checked(source, tmp_path / "b_sog", WriteOptions())
+
+
 def test_guitar_in_every_format_is_the_same(shared_data: Path) -> None:
     ply = read_compressed_ply(shared_data / "splats" / "guitar.compressed.ply")
     spz = read_spz(shared_data / "splats" / "guitar_v3.spz")
@@ -225,7 +295,7 @@ def test_guitar_in_every_format_is_the_same(shared_data: Path) -> None:
     assert load(shared_data / "splats" / "guitar_v3.spz").num_primitives == 90_854
 
 
-@pytest.mark.parametrize("name", ["a.spz", "b.spz", "a.compressed.ply", "a.ply"])
+@pytest.mark.parametrize("name", ["a.spz", "b.spz", "a.compressed.ply", "a.ply", "a.sog", "meta.json"])
 def test_splat_transform_reads_what_is_written(tmp_path: Path, name: str) -> None:
     asset = make_splats()
     options = WriteOptions(spz_version=4) if name == "b.spz" else WriteOptions()
