@@ -35,7 +35,7 @@ class ExportConfig:
     """A run's folder, or a file of splats."""
     to: Path
     """The file, replaced if it is there; its suffix says the format. Gaussians: .ply (the layout of 3D Gaussian Splatting),
-    .compressed.ply, .spz, .sog (or a folder NAME_sog), .splat; convexes: .ply, and .glb and .obj, a mesh of their hulls."""
+    .compressed.ply, .spz, .sog (or a folder NAME_sog), .splat, .glb (KHR_gaussian_splatting); convexes: .ply, and .glb and .obj, a mesh of their hulls."""
     step: int | None = None
     """Of which checkpoint of a run; default the newest."""
     threads: int = 0

@@ -13,6 +13,7 @@ from prismfield.datasets.base import SceneFrame
 from prismfield.export.assets import Asset, ConvexAsset, SplatAsset
 from prismfield.export.compressed_ply import MARK, read_compressed_ply, write_compressed_ply
 from prismfield.export.convex_ply import ELEMENT, convex_ply_bytes, read_convex_ply, write_convex_ply
+from prismfield.export.ksplat import read_ksplat
 from prismfield.export.mesh import write_glb, write_obj
 from prismfield.export.ply import ply_bytes, read_ply, write_ply
 from prismfield.export.ply_file import read_header
@@ -20,6 +21,7 @@ from prismfield.export.reading import naming
 from prismfield.export.sog import read_sog, write_sog
 from prismfield.export.sog_files import META
 from prismfield.export.splat import read_splat, write_splat
+from prismfield.export.splat_glb import read_splat_glb, write_splat_glb
 from prismfield.export.spz import read_spz, write_spz
 from prismfield.representations.base import REPRESENTATIONS, Representation
 from prismfield.representations.convexes_from_gaussians import convexes_from_gaussians
@@ -94,6 +96,8 @@ FORMATS: dict[str, dict[str, Format]] = {
         ".sog": _SOG,
         "_sog": replace(_SOG, about="the files of a .sog in a folder NAME_sog", is_folder=True),
         "meta.json": replace(_SOG, about="the files of a .sog beside each other", is_folder=True),
+        ".glb": Format("glTF with KHR_gaussian_splatting, y up", _plain(write_splat_glb), read_splat_glb),
+        ".ksplat": Format("GaussianSplats3D's", read=read_ksplat),
         ".splat": Format(
             "32 bytes each, the same colour from everywhere",
             _plain(write_splat),

@@ -71,6 +71,7 @@ CELLS = [
     Cell("d.sog", 3e-4, 0.9, 0.25, 0.5 / 255, 0.05, 0.08, 40, WriteOptions(sog_palette=1 << 16)),
     Cell("a_sog", 3e-4, 0.9, 0.25, 0.5 / 255, 0.05, 0.9, 33),
     Cell("meta.json", 3e-4, 0.9, 0.25, 0.5 / 255, 0.05, 0.9, 33),
+    Cell("a.glb", 4e-6, 1e-3, 1e-5, 0, 1e-5, 1e-5, 99),
     Cell("a.splat", 0, 1.0, 1e-5, 0.5 / 255, 0.5 / 255 / C0, 0, 40, keeps_antialiased=False, max_degree=0),
 ]
 
