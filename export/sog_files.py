@@ -111,10 +111,19 @@ def _webp_size(data: bytes, name: str) -> tuple[int, int]:
         if data[12:16] == b"VP8L" and data[20] == 0x2F:
             (bits,) = struct.unpack_from("<I", data, 21)
             return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
-        if data[12:16] == b"VP8X":
+        if data[12:16] == b"VP8X" and _has_chunk(data, b"VP8L"):
             wide = int.from_bytes(data[24:27], "little"), int.from_bytes(data[27:30], "little")
             return wide[0] + 1, wide[1] + 1
     raise ValueError(f"{name} is no lossless WebP, or cut short")
+
+
+def _has_chunk(data: bytes, kind: bytes) -> bool:
+    at = 12
+    while at + 8 <= len(data):
+        if data[at : at + 4] == kind:
+            return True
+        at += 8 + (int.from_bytes(data[at + 4 : at + 8], "little") + 1) // 2 * 2
+    return False
 
 
 def webp(pixels: NDArray[np.uint8]) -> bytes:
