@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import numpy as np
 from numpy.typing import NDArray
+
+from prismfield.export.rows import pieces
+from prismfield.export.turn import harmonic_rotations
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -53,6 +56,14 @@ class _Asset:
         """[N] of the opacities; finite, so that an opacity of 1 comes back a little smaller."""
         clipped = self.opacities.astype(np.float64).clip(_OPACITY_MIN, _OPACITY_MAX)
         return np.log(clipped) - np.log1p(-clipped)
+
+    def at_degree(self, sh_degree: int) -> Self:
+        """With its harmonics padded with zeros, or cut, to this degree."""
+        if sh_degree == self.sh_degree:
+            return self
+        stored = self._appearance(sh_degree)
+        made: Any = self  # a dataclass, as every subclass is
+        return replace(made, sh=np.concatenate([stored["sh0"], stored["shN"]], 1))
 
     def _check(self, count: int, shapes: dict[str, tuple[int, ...]]) -> None:
         """Raise a ValueError if `shapes`, opacities or harmonics do not fit `count` rows, or something is not finite."""
@@ -115,10 +126,14 @@ class SplatAsset(_Asset):
     """Unit vector against gravity, None where nobody knows."""
     antialiased: bool = False
     """Drawn with opacity scaled against the screen-space blur (see `render.ops.project`)."""
+    extra: Mapping[str, NDArray] = field(default_factory=dict)
+    """[N] by name: what a .ply held beside these, passed on to the next."""
 
     def __post_init__(self) -> None:
         count = len(self.means)
         self._check(count, {"means": (3,), "quats": (4,), "scales": (3,)})
+        if wrong := [name for name, values in self.extra.items() if values.shape != (count,)]:
+            raise ValueError(f"extra: expected [{count}], got {list(self.extra[wrong[0]].shape)} for {wrong[0]!r}")
         if count and np.abs(np.linalg.norm(self.quats, axis=1) - 1).max() > 1e-3:
             raise ValueError("quats: expected unit length")
         if count and self.scales.min() < 0:
@@ -142,16 +157,36 @@ class SplatAsset(_Asset):
         antialiased: bool = False,
     ) -> Self:
         """From values before activation; `quats` of any length, those of length zero become the identity."""
+        with np.errstate(over="ignore"):  # what overflows becomes infinite and is refused above
+            scales = np.exp(log_scales.astype(np.float64))
+            opacities = 1 / (1 + np.exp(-opacity_logits.astype(np.float64)))
+        return cls.from_activated(means, quats, scales, opacities, sh, up=up, antialiased=antialiased)
+
+    @classmethod
+    def from_activated(
+        cls,
+        means: NDArray,
+        quats: NDArray,
+        scales: NDArray,
+        opacities: NDArray,
+        sh: NDArray,
+        *,
+        up: Up | None = None,
+        antialiased: bool = False,
+    ) -> Self:
+        """From values as they are drawn, of any type; `quats` of any length, those of length zero become the identity."""
         quats = quats.astype(np.float64)
         lengths = np.linalg.norm(quats, axis=1, keepdims=True)
         quats = np.where(lengths > 0, quats / np.where(lengths > 0, lengths, 1), np.array([1.0, 0, 0, 0]))
-        with np.errstate(over="ignore"):  # what overflows becomes infinite and is refused above
-            scales = np.exp(log_scales.astype(np.float64)).astype(np.float32)
-            opacities = 1 / (1 + np.exp(-opacity_logits.astype(np.float64)))
-            means, sh = means.astype(np.float32), sh.astype(np.float32)
-        return cls(
-            means, quats.astype(np.float32), scales, opacities.astype(np.float32), sh, up=up, antialiased=antialiased
-        )
+        with np.errstate(over="ignore"):  # as above
+            values = [np.asarray(x).astype(np.float32) for x in (means, quats, scales, opacities, sh)]
+        means, quats, scales, opacities, sh = values
+        return cls(means, quats, scales, opacities, sh, up=up, antialiased=antialiased)
+
+    def take(self, rows: NDArray) -> Self:
+        """Those rows, in that order."""
+        values = {name: getattr(self, name)[rows] for name in ("means", "quats", "scales", "opacities", "sh")}
+        return replace(self, **values, extra={name: column[rows] for name, column in self.extra.items()})
 
     @classmethod
     def from_scene(cls, scene: Any, frame: SceneFrame) -> Self:
@@ -186,6 +221,42 @@ class SplatAsset(_Asset):
                 "log_scales": self.log_scales + np.log(frame.scale),
             }
             | self._appearance(sh_degree)
+        )
+
+    def moved(self, rotation: NDArray, translation: Sequence[float] = (0.0, 0.0, 0.0), scale: float = 1.0) -> Self:
+        """In another frame, where a point p is at scale * rotation @ p + translation. It looks the same from cameras that moved along.
+
+        Args:
+            rotation: [3, 3].
+            translation: in units of the new frame.
+            scale: new units for one of the old.
+
+        Raises:
+            ValueError: that is no rotation, or the scale is not positive.
+        """
+        rotation = np.asarray(rotation, np.float64)
+        if rotation.shape != (3, 3) or not np.allclose(rotation @ rotation.T, np.eye(3), atol=1e-5):
+            raise ValueError("rotation: expected an orthogonal matrix [3, 3]")
+        if np.linalg.det(rotation) < 0 or not (np.isfinite(scale) and scale > 0):
+            raise ValueError(f"expected no mirroring and a positive scale, got a scale of {scale}")
+        from scipy.spatial.transform import Rotation
+
+        x, y, z, w = Rotation.from_matrix(rotation).as_quat()
+        product = np.array([[w, -x, -y, -z], [x, w, -z, y], [y, z, w, -x], [z, -y, x, w]])  # Hamilton's, from the left
+        sh = self.sh.copy()
+        for degree, matrix in enumerate(harmonic_rotations(rotation)[: self.sh_degree + 1]):
+            band = slice(degree**2, (degree + 1) ** 2)
+            for rows in pieces(len(self)):
+                sh[rows, band] = matrix @ self.sh[rows, band]
+        means = scale * (self.means.astype(np.float64) @ rotation.T) + np.asarray(translation, np.float64)
+        up = None if self.up is None else rotation @ np.array(self.up)
+        return replace(
+            self,
+            means=means.astype(np.float32),
+            quats=(self.quats.astype(np.float64) @ product.T).astype(np.float32),
+            scales=(self.scales * np.float64(scale)).astype(np.float32),
+            sh=sh,
+            up=None if up is None else (float(up[0]), float(up[1]), float(up[2])),
         )
 
     def config(self) -> GaussiansConfig:

@@ -4,19 +4,27 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, NoReturn
+from typing import Annotated, Literal, NoReturn
 
-from tyro.conf import Positional, arg
+from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from prismfield.cli import run_cli
 
-if TYPE_CHECKING:
-    from prismfield.export.assets import Asset
-    from prismfield.export.library import Scene
-    from prismfield.render.cameras import Cameras
 
-_LEAST_PSNR = 50.0  # decibels between the scene and the file read back; rounding leaves far more
-_VIEWS = 3
+@dataclass(frozen=True)
+class OutputOptions:
+    """How the file is written."""
+
+    sh_degree: Literal[0, 1, 2, 3] | None = None
+    """Cut the harmonics to this degree; default all that there are and the format holds."""
+    spz_version: Literal[3, 4] | None = None
+    """Version of an .spz: 3 (default) is read by most programs, 4 is smaller."""
+    spz_sh_bits: tuple[int, int] | None = None
+    """Bits of an .spz for harmonics of degree 1 and for higher ones, 1 to 8; default 5 4."""
+    sog_palette: int | None = None
+    """How many sets of harmonics the Gaussians of a .sog share, 65,536 at most; default about one for two to four."""
+    verify: bool = True
+    """Render what was written and what is read back, print the PSNR, and keep the file only if it is above the format's floor."""
 
 
 @dataclass(frozen=True)
@@ -24,14 +32,15 @@ class ExportConfig:
     """Write a trained scene to a file, in the axes and units of the capture; read it back and compare."""
 
     scene: Positional[Path]
-    """A run's folder, or a .ply of splats."""
+    """A run's folder, or a file of splats."""
     to: Path
-    """The file, replaced if it is there; its suffix says the format: .ply, for Gaussians the layout of 3D Gaussian Splatting;
-    convexes also .glb and .obj, a mesh of their hulls."""
+    """The file, replaced if it is there; its suffix says the format. Gaussians: .ply (the layout of 3D Gaussian Splatting),
+    .compressed.ply, .spz, .sog (or a folder NAME_sog), .splat, .glb (KHR_gaussian_splatting); convexes: .ply, and .glb and .obj, a mesh of their hulls."""
     step: int | None = None
     """Of which checkpoint of a run; default the newest."""
     threads: int = 0
     """CPU threads; 0 takes every processor that this process may use."""
+    writing: OmitArgPrefixes[OutputOptions] = OutputOptions()
 
 
 def main() -> NoReturn:
@@ -51,85 +60,38 @@ def export(config: ExportConfig) -> None:
     Raises:
         FileNotFoundError: the scene is not there.
         ValueError: the suffix is not known, or the scene cannot be written in that format.
-        OSError: the file could not be written, or came back different.
+        OSError: the file could not be written, came back different, or looks different.
     """
-    if config.to.is_dir():
-        raise IsADirectoryError(f"--to {config.to}: is a folder")
+    write(config.scene, config.to, config.writing, config.step, config.threads, "--to ")
+
+
+def write(scene: Path, to: Path, options: OutputOptions, step: int | None, threads: int, option: str = "") -> None:
+    """What `render-export` and `render-convert` do; `option` is what stands before the file on the command line."""
     from rich.console import Console
 
-    from prismfield.export.formats import FORMATS
-    from prismfield.export.library import load
+    from prismfield.export.convert import format_for, open_source, write_checked
+    from prismfield.export.formats import WriteOptions
+    from prismfield.export.report import describe
     from prismfield.train.cli import show_log, use_threads
 
     show_log()
-    use_threads(config.threads)
-    scene = load(config.scene, step=config.step)
-    asset = scene.asset()
-    formats, suffix = FORMATS[asset.representation], config.to.suffix.lower()
-    if suffix not in formats:
-        known = ", ".join(f"{suffix} ({form.about})" for suffix, form in formats.items())
-        unknown = f"unknown suffix {config.to.suffix!r} for {asset.noun}"
-        raise ValueError(f"--to {config.to}: {unknown}; expected one of {known}")
-    written = formats[suffix].write(config.to, asset)
+    use_threads(threads)
+    source = open_source(scene, step=step)
+    told = WriteOptions(options.spz_version, options.spz_sh_bits, options.sog_palette)
+    try:
+        form = format_for(to, source.asset, told)
+    except ValueError as error:
+        if to.is_dir():
+            raise IsADirectoryError(f"{option}{to}: is a folder") from error
+        raise ValueError(f"{option}{error}") from error
+    if to.is_dir() and not form.is_folder:
+        raise IsADirectoryError(f"{option}{to}: is a folder")
+    written = write_checked(source, to, told, sh_degree=options.sh_degree, is_verified=options.verify)
     console = Console(highlight=False, soft_wrap=True)
-    size = config.to.stat().st_size
-    about = f"{len(asset):,} {asset.noun} of degree {asset.sh_degree}" if written is None else written
-    console.print(f"{config.to}: {about}, {size:,} bytes ({size / len(asset):.0f} each)", markup=False)
-    if (read := formats[suffix].read) is None:
-        console.print(f"read back: the same faces; a mesh of hulls is not all that there is to {asset.noun}")
-        return
-    psnr, cameras = verify(scene, read(config.to), config.to)
-    likeness = "100 dB PSNR or more" if psnr >= 100 else f"{psnr:.1f} dB PSNR"
-    console.print(f"read back and rendered: {likeness} to the scene itself, {cameras} views")
-    if psnr < _LEAST_PSNR:
-        raise OSError(f"{config.to}: does not look like the scene when read back ({psnr:.1f} dB)")
-
-
-def verify(scene: Scene, asset: Asset, path: Path) -> tuple[float, int]:
-    """How much alike the scene and the file look.
-
-    Args:
-        scene: what was written.
-        asset: what was read back from `path`.
-        path: the file.
-
-    Returns:
-        PSNR in decibels over all pixels, 100 at most, and from how many cameras: photographs' where the capture is at
-        hand, else on a ring round the content.
-    """
-    import torch
-
-    from prismfield.export.library import render, scene_of
-    from prismfield.train.metrics import psnr
-
-    # In the same frame: in another one the near plane is elsewhere, and large convexes that reach it come and go.
-    again = scene_of(asset, path, frame=scene.frame)
-    cameras = _some_cameras(scene)
-    with torch.no_grad():
-        pairs = [[render(s, camera, scene.background).rgb.clamp(0, 1) for s in (scene, again)] for camera in cameras]
-    ours, theirs = (torch.cat([pair[i].reshape(-1, 3) for pair in pairs]) for i in (0, 1))
-    return psnr(ours, theirs), len(cameras)
-
-
-def _some_cameras(scene: Scene) -> list[Cameras]:
-    import math
-
-    import numpy as np
-
-    from prismfield.export.library import content_frame
-    from prismfield.train.camera_path import orbit, ring
-
-    if scene.run is not None:
-        try:
-            cameras = scene.cameras("train")
-            return cameras[:: max(1, len(cameras) // _VIEWS)][:_VIEWS]
-        except (ValueError, OSError):
-            pass  # the capture was moved away: the scene itself tells where to look from
-    frame = content_frame(scene.asset())
-    center, up = np.array(frame.center), np.array(frame.up) / np.linalg.norm(frame.up)
-    flight = orbit(ring(center, up, 2.5 / frame.scale), center, up, math.radians(50), _VIEWS)
-    batch = flight.cameras(640, 360)
-    return [batch[index] for index in range(_VIEWS)]
+    for line in describe(source, to, written):
+        console.print(line, markup=False)
+    if form.read is None:
+        console.print(f"read back: the same faces; a mesh of hulls is not all that there is to {source.asset.noun}")
 
 
 if __name__ == "__main__":

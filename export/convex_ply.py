@@ -84,7 +84,7 @@ def _dtype(asset: ConvexAsset) -> np.dtype:
 
 def _header(asset: ConvexAsset) -> bytes:
     notes = up_note(asset.up) | {"sh_degree": str(asset.sh_degree)}
-    return write_header(ELEMENT, len(asset), _properties(asset), notes)
+    return write_header({ELEMENT: (len(asset), _properties(asset))}, notes)
 
 
 def _write(path: Path, asset: ConvexAsset) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from prismfield.datasets.base import SceneFrame
 from prismfield.datasets.views import Views
 from prismfield.export.assets import EXPECTED_UP, Asset
-from prismfield.export.formats import asset_of, read_asset
+from prismfield.export.formats import asset_of, is_asset, read_asset
 from prismfield.render.cameras import Cameras
 from prismfield.render.output import RenderOutput
 from prismfield.representations.base import REPRESENTATIONS, Representation
@@ -27,7 +27,7 @@ class Scene:
     """A trained scene. Whatever goes in and comes out is in the user's frame: the axes and units of the capture's files."""
 
     path: Path
-    """The run's folder, or the .ply."""
+    """The run's folder, or the file."""
     representation: Representation
     """What draws it, in a frame of its own; see `frame`."""
     frame: SceneFrame
@@ -35,7 +35,7 @@ class Scene:
     background: float
     """Value behind the scene, of all three channels, unless `render` is told another."""
     run: Run | None
-    """The run it was trained in; None for a .ply."""
+    """The run it was trained in; None for a file."""
 
     @property
     def num_primitives(self) -> int:
@@ -49,7 +49,7 @@ class Scene:
 
     @property
     def name(self) -> str:
-        """Of the capture, or of the .ply."""
+        """Of the capture, or of the file."""
         return self.path.stem if self.run is None else self.run.data.name
 
     def cameras(self, split: Literal["train", "test"] = "test") -> list[Cameras]:
@@ -59,10 +59,10 @@ class Scene:
 
         Raises:
             FileNotFoundError: the capture is not there any more.
-            ValueError: the scene was read from a .ply, which has no cameras.
+            ValueError: the scene was read from a file, which has no cameras.
         """
         if self.run is None:
-            raise ValueError(f"{self.path}: a .ply has no cameras; make some with Cameras.from_camtoworlds")
+            raise ValueError(f"{self.path}: a file of splats has no cameras; make some with Cameras.from_camtoworlds")
         if split not in ("train", "test"):
             raise ValueError(f"split: expected 'train' or 'test', got {split!r}")
         views = Views(getattr(self.run.data, split), downscale=self.run.config.downscale)
@@ -84,7 +84,8 @@ def load(path: str | os.PathLike[str], *, step: int | None = None, device: torch
     """Load a trained scene.
 
     Args:
-        path: a run's folder, or a .ply: of Gaussians in the INRIA layout, from here or elsewhere, or of convexes.
+        path: a run's folder, or a file in one of the formats of docs/formats.md: of Gaussians, from here or elsewhere, or of
+            convexes.
         step: of a run: the checkpoint of this step; None for the newest whole one.
         device: where to render.
 
@@ -96,13 +97,13 @@ def load(path: str | os.PathLike[str], *, step: int | None = None, device: torch
         ValueError: one line saying what is wrong with it.
     """
     path = Path(path)
-    if path.is_dir() or path.suffix.lower() != ".ply":
+    if not is_asset(path):
         if path.is_file():
-            raise ValueError(f"{path}: expected a run's folder or a .ply")
+            raise ValueError(f"{path}: expected a run's folder or a file of splats, like .ply")
         run = load_run(path, device=device, step=step)
         return Scene(path, _frozen(run.scene), run.frame, run.background, run)
     if step is not None:
-        raise ValueError(f"{path}: a .ply has no steps to choose from, got step {step}")
+        raise ValueError(f"{path}: a file has no steps to choose from, got step {step}")
     return scene_of(read_asset(path), path, device=device)
 
 

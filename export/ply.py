@@ -5,6 +5,7 @@ Nothing in the layout says which way is up or how it was drawn; comments of ours
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 
 from prismfield.export.assets import SplatAsset
 from prismfield.export.ply_file import (
+    TYPE_NAMES,
     Header,
     check_rows,
     columns,
@@ -24,13 +26,13 @@ from prismfield.export.ply_file import (
     up_note,
     write_header,
 )
+from prismfield.export.rows import pieces
 from prismfield.export.verify import write_verified
 
 _LAYOUT = ("x", "y", "z", "f_dc_0", "f_dc_1", "f_dc_2", "opacity")
 _SCALES = ("scale_0", "scale_1", "scale_2")
 _QUATS = ("rot_0", "rot_1", "rot_2", "rot_3")
 _ELEMENT, _WHAT = "vertex", "Gaussians"
-_ROWS_AT_ONCE = 1 << 16
 # Only what float32 rounds in a logarithm, a logit or a unit quaternion may differ.
 _TOLERANCES = {"means": 0, "quats": 1e-6, "scales": 1e-5, "opacities": 1e-6, "sh": 0, "up": 1e-6, "antialiased": 0}
 
@@ -48,7 +50,9 @@ def write_ply(path: Path, asset: SplatAsset) -> None:
 
 
 def read_ply(path: Path) -> SplatAsset:
-    """Read a .ply in the INRIA layout, binary or ascii, degree 0 to 3. Other elements and properties are passed over.
+    """Read a .ply in the INRIA layout, binary or ascii, degree 0 to 3.
+
+    Properties that are none of its own come along as `extra`; other elements are passed over.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -66,29 +70,38 @@ def read_ply(path: Path) -> SplatAsset:
 
 def ply_bytes(asset: SplatAsset) -> int:
     """Size of the file that `write_ply` makes of it."""
-    return len(_header(asset)) + 4 * len(asset) * len(_property_names(asset.sh.shape[1]))
+    return len(_header(asset)) + len(asset) * _dtype(asset).itemsize
 
 
 def _property_names(terms: int) -> list[str]:
     return ["x", "y", "z", "nx", "ny", "nz", *harmonic_names(terms), "opacity", *_SCALES, *_QUATS]
 
 
+def _dtype(asset: SplatAsset) -> np.dtype:
+    own = [("values", "<f4", len(_property_names(asset.sh.shape[1])))]
+    return np.dtype([*own, *((name, column.dtype.newbyteorder("<")) for name, column in asset.extra.items())])
+
+
 def _header(asset: SplatAsset) -> bytes:
     notes = {"antialiased": str(int(asset.antialiased)), "sh_degree": str(asset.sh_degree)}
     properties = dict.fromkeys(_property_names(asset.sh.shape[1]), "float")
-    return write_header(_ELEMENT, len(asset), properties, up_note(asset.up) | notes)
+    properties |= {name: TYPE_NAMES[column.dtype.str[1:]] for name, column in asset.extra.items()}
+    return write_header({_ELEMENT: (len(asset), properties)}, up_note(asset.up) | notes)
 
 
 def _write(path: Path, asset: SplatAsset) -> None:
     logits, log_scales = asset.logits, asset.log_scales
     with path.open("wb") as file:
         file.write(_header(asset))
-        for start in range(0, len(asset), _ROWS_AT_ONCE):
-            rows = slice(start, start + _ROWS_AT_ONCE)
+        for rows in pieces(len(asset)):
             means = asset.means[rows]
             parts: list[NDArray] = [means, np.zeros_like(means), harmonic_columns(asset.sh[rows])]
             parts += [logits[rows, None], log_scales[rows], asset.quats[rows]]
-            file.write(np.concatenate(parts, 1).astype("<f4").tobytes())
+            table = np.empty(len(means), _dtype(asset))
+            table["values"] = np.concatenate(parts, 1)
+            for name, column in asset.extra.items():
+                table[name] = column[rows]
+            file.write(table.tobytes())
 
 
 def _check_layout(header: Header, size: int) -> None:
@@ -102,7 +115,16 @@ def _check_layout(header: Header, size: int) -> None:
 
 
 def _to_asset(table: NDArray, header: Header) -> SplatAsset:
-    return SplatAsset.from_stored(
+    own = {
+        "nx",
+        "ny",
+        "nz",
+        *_LAYOUT,
+        *_SCALES,
+        *_QUATS,
+        *(name for name in table.dtype.names or () if "f_rest_" in name),
+    }
+    asset = SplatAsset.from_stored(
         columns(table, "x", "y", "z"),
         columns(table, *_QUATS),
         columns(table, *_SCALES),
@@ -111,3 +133,4 @@ def _to_asset(table: NDArray, header: Header) -> SplatAsset:
         up=parse_up(header.notes.get("up", "")),
         antialiased=header.notes.get("antialiased") == "1",
     )
+    return replace(asset, extra={name: table[name].copy() for name in table.dtype.names or () if name not in own})

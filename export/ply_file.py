@@ -29,6 +29,11 @@ _TYPES = (
     | {"int8": "i1", "uint8": "u1", "int16": "i2", "uint16": "u2", "int32": "i4", "uint32": "u4"}
     | {"float32": "f4", "float64": "f8"}
 )
+TYPE_NAMES = {"i1": "char", "u1": "uchar", "i2": "short", "u2": "ushort", "i4": "int", "u4": "uint"} | {
+    "f4": "float",
+    "f8": "double",
+}
+"""What a header calls numpy's types."""
 _MAX_HEADER = 1 << 20
 _TAG = "prismfield"
 _DC = ("f_dc_0", "f_dc_1", "f_dc_2")
@@ -194,13 +199,12 @@ def harmonic_columns(sh: NDArray) -> NDArray:
     return np.concatenate([sh[:, 0], higher], 1)
 
 
-def write_header(element: str, count: int, properties: Mapping[str, str], notes: Mapping[str, str]) -> bytes:
-    """The header of a binary file of one element.
+def write_header(elements: Mapping[str, tuple[int, Mapping[str, str]]], notes: Mapping[str, str]) -> bytes:
+    """The header of a binary file.
 
     Args:
-        element: its name.
-        count: how many rows.
-        properties: "float" or "double" by name, in the order of the columns.
+        elements: by name, in the order of the file: how many rows, and the type of each property by name, in the order of
+            the columns.
         notes: comments of ours.
     """
     try:
@@ -209,8 +213,9 @@ def write_header(element: str, count: int, properties: Mapping[str, str], notes:
         version = "from a source tree"
     lines = ["ply", "format binary_little_endian 1.0", f"comment {_TAG} version {version}"]
     lines += [f"comment {_TAG} {key} {value}" for key, value in notes.items()]
-    lines += [f"element {element} {count}"]
-    lines += [f"property {kind} {name}" for name, kind in properties.items()]
+    for element, (count, properties) in elements.items():
+        lines += [f"element {element} {count}"]
+        lines += [f"property {kind} {name}" for name, kind in properties.items()]
     return "\n".join([*lines, "end_header", ""]).encode("ascii")
 
 

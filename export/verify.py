@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar, Protocol, Self, TypeVar
@@ -36,7 +37,7 @@ def write_verified(
     """Write under a temporary name, read back, compare, rename. A file that was there stays until the new one is whole.
 
     Args:
-        path: folders that are missing are made.
+        path: folders that are missing are made. Where `write` makes a folder, there must be none of that name.
         asset: must not be empty.
         write: the codec's writer.
         read: the codec's reader.
@@ -52,8 +53,9 @@ def write_verified(
     temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         write(temporary, asset)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
+        for part in sorted(temporary.iterdir()) if temporary.is_dir() else [temporary]:
+            with part.open("rb+") as file:
+                os.fsync(file.fileno())
         try:
             found = differences(asset, read(temporary))
         except ValueError as error:
@@ -63,6 +65,8 @@ def write_verified(
                 raise OSError(f"{path}: {field} came back off by {found[field]:.3g}, at most {tolerance:.3g} expected")
         os.replace(temporary, path)
     finally:
+        if temporary.is_dir():
+            shutil.rmtree(temporary)
         temporary.unlink(missing_ok=True)
 
 

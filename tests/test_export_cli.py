@@ -97,7 +97,7 @@ def test_a_run_whose_capture_was_moved_away_is_exported_all_the_same(tiny_run: P
     scene = load(tiny_run)
     assert scene.run is not None
     object.__setattr__(scene.run, "source", str(tmp_path / "gone"))
-    from prismfield.export.cli import verify
+    from prismfield.export.convert import verify
 
     psnr, cameras = verify(scene, scene.asset(), tmp_path / "a.ply")
     assert psnr > 60
@@ -108,8 +108,8 @@ def test_a_run_whose_capture_was_moved_away_is_exported_all_the_same(tiny_run: P
 
 
 def test_an_unknown_suffix_is_refused_with_those_that_are_known(tiny_run: Path, tmp_path: Path) -> None:
-    line = refused("export.cli", tiny_run, "--to", tmp_path / "a.splat")
-    assert "'.splat'" in line
+    line = refused("export.cli", tiny_run, "--to", tmp_path / "a.png")
+    assert "'.png'" in line
     assert "expected one of .ply" in line
     with pytest.raises(ValueError, match="unknown suffix ''"):
         export(ExportConfig(tiny_run, tmp_path / "a"))

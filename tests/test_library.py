@@ -77,7 +77,7 @@ def test_a_run_and_its_ply_look_the_same(tiny_run: Path, tmp_path: Path) -> None
     for name in ("depth", "median_depth"):
         a, b = getattr(ours, name)[opaque], getattr(theirs, name)[opaque]
         assert float(((a - b).abs() / a).quantile(0.99)) < 1e-3
-    with pytest.raises(ValueError, match=r"scene\.ply: a \.ply has no cameras"):
+    with pytest.raises(ValueError, match=r"scene\.ply: a file of splats has no cameras"):
         ply.cameras()
     with pytest.raises(ValueError, match="has no steps"):
         pf.load(tmp_path / "scene.ply", step=3)

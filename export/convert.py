@@ -1,0 +1,197 @@
+"""A scene written in a format that its name's ending chooses, kept only if it looks like the scene when it is read back."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from prismfield.export.assets import Asset, SplatAsset
+from prismfield.export.formats import FORMATS, Format, WriteOptions, ending, is_asset, read_asset
+from prismfield.export.library import Scene, content_frame, load, render, scene_of
+from prismfield.export.sog_files import META
+from prismfield.render.cameras import Cameras
+from prismfield.train.camera_path import orbit, ring
+from prismfield.train.metrics import psnr
+
+_VIEWS = 3
+
+
+@dataclass(frozen=True)
+class Source:
+    """What is to be written."""
+
+    path: Path
+    asset: Asset
+    scene: Scene
+    """That draws it."""
+
+
+@dataclass(frozen=True)
+class Written:
+    """What came of it."""
+
+    about: str
+    """What is in the file, in words."""
+    bytes: int
+    psnr: float | None
+    """Decibels between the scene and the file read back, 100 at most; None where that was not measured."""
+    psnr_held: float | None
+    """The same, to the scene as far as the format can hold it; None where it can hold all."""
+    views: int
+
+
+def open_source(path: Path, *, step: int | None = None) -> Source:
+    """A run's folder, at one of its steps, or a file of primitives with every value as it is there.
+
+    Raises:
+        FileNotFoundError: there is no such file, or the folder is not a run's.
+        ValueError: one line saying what is wrong with it.
+    """
+    if step is None and is_asset(path):
+        asset = read_asset(path)
+        return Source(path, asset, scene_of(asset, path))
+    scene = load(path, step=step)
+    return Source(path, scene.asset(), scene)
+
+
+def format_for(path: Path, asset: Asset, options: WriteOptions) -> Format:
+    """That with which to write `asset` to `path`.
+
+    Raises:
+        ValueError: the name's ending is not known or cannot be written, or the format does not heed one of the options.
+    """
+    formats = {end: form for end, form in FORMATS[asset.representation].items() if form.write is not None}
+    end = ending(path, formats)
+    if end is None:
+        known = ", ".join(f"{end} ({form.about})" for end, form in formats.items())
+        raise ValueError(f"{path}: unknown suffix {path.suffix!r} for {asset.noun}; expected one of {known}")
+    unheeded = [n for n, value in vars(options).items() if value is not None and n not in formats[end].options]
+    if unheeded:
+        name = unheeded[0].replace("_", "-")
+        raise ValueError(f"--{name} is of no use for {end}")
+    return formats[end]
+
+
+def write_checked(
+    source: Source, path: Path, options: WriteOptions, *, sh_degree: int | None = None, is_verified: bool = True
+) -> Written:
+    """Write beside `path`, read back, render both, and give the file its name. Whatever was there stays until then.
+
+    Args:
+        source: what to write.
+        path: folders that are missing are made.
+        options: for the format.
+        sh_degree: cut the harmonics to this degree, if they have more.
+        is_verified: False does not render, only compares values.
+
+    Raises:
+        ValueError: the scene cannot be written in that format.
+        OSError: the file could not be written, came back different or looks different.
+    """
+    form = format_for(path, source.asset, options)
+    asset = source.asset
+    if sh_degree is not None and sh_degree < asset.sh_degree:
+        asset = asset.at_degree(sh_degree)
+        source = Source(source.path, asset, scene_of(asset, source.path, frame=source.scene.frame))
+    if form.is_folder and path.name.lower() == META:
+        path = path.parent
+    if form.is_folder and path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path}: is a file, expected a folder")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    staging = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+    try:
+        target = staging / ("files" if form.is_folder else path.name)
+        assert form.write is not None
+        try:
+            words = form.write(target, asset, options)
+        except (ValueError, OSError) as error:
+            raise type(error)(str(error).replace(str(target), str(path))) from error
+        about = words or f"{len(asset):,} {asset.noun} of degree {min(asset.sh_degree, form.max_degree)}"
+        written = Written(about, size_of(target), None, None, 0)
+        if is_verified and form.read is not None:
+            written = _verified(source, form, form.read(target), path, written)
+        _settle(target, path)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+    return written
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of the files in a folder; of a meta.json, those beside it too."""
+    folder = path.parent if path.name.lower() == META else path
+    return sum(part.stat().st_size for part in folder.iterdir()) if folder.is_dir() else path.stat().st_size
+
+
+def _settle(made: Path, path: Path) -> None:
+    """Give it its name. In a folder that is there already, meta.json comes last: until then it speaks of the old files."""
+    if not (made.is_dir() and path.is_dir()):
+        os.replace(made, path)
+        return
+    for part in sorted(made.iterdir(), key=lambda part: part.name == META):
+        os.replace(part, path / part.name)
+
+
+def _verified(source: Source, form: Format, again: Asset, path: Path, written: Written) -> Written:
+    whole, views = verify(source.scene, again, path)
+    held, asset = None, source.asset
+    loses_flag = isinstance(asset, SplatAsset) and asset.antialiased and not form.holds_antialiased
+    if asset.sh_degree > form.max_degree or loses_flag:
+        able: Any = asset.at_degree(min(asset.sh_degree, form.max_degree))
+        if loses_flag:
+            able = replace(able, antialiased=False)
+        kept = replace(scene_of(able, source.path, frame=source.scene.frame), run=source.scene.run)
+        held = verify(replace(kept, background=source.scene.background), again, path)[0]
+    if (whole if held is None else held) < form.floor:
+        found = whole if held is None else held
+        raise OSError(
+            f"{path}: does not look like the scene when read back: {found:.1f} dB, at least {form.floor:.0f} expected; not kept"
+        )
+    return replace(written, psnr=whole, psnr_held=held, views=views)
+
+
+def verify(scene: Scene, asset: Asset, path: Path) -> tuple[float, int]:
+    """How much alike the scene and the file look.
+
+    Args:
+        scene: what was written.
+        asset: what was read back from `path`.
+        path: the file.
+
+    Returns:
+        PSNR in decibels over all pixels, 100 at most, and from how many cameras: test photographs' where the capture is at
+        hand, else on a ring round the content.
+    """
+    # In the same frame: in another one the near plane is elsewhere, and large convexes that reach it come and go.
+    again = scene_of(asset, path, frame=scene.frame)
+    cameras = _some_cameras(scene)
+    with torch.no_grad():
+        pairs = [[render(s, camera, scene.background).rgb.clamp(0, 1) for s in (scene, again)] for camera in cameras]
+    ours, theirs = (torch.cat([pair[i].reshape(-1, 3) for pair in pairs]) for i in (0, 1))
+    return psnr(ours, theirs), len(cameras)
+
+
+def _some_cameras(scene: Scene) -> list[Cameras]:
+    if scene.run is not None:
+        try:
+            cameras = scene.cameras("test") or scene.cameras("train")
+            return cameras[:: max(1, len(cameras) // _VIEWS)][:_VIEWS]
+        except (ValueError, OSError):
+            pass  # the capture was moved away: the scene itself tells where to look from
+    return ring_cameras(scene.asset())
+
+
+def ring_cameras(asset: Asset, count: int = _VIEWS) -> list[Cameras]:
+    """On a ring round most of its content, looking inwards, 640x360."""
+    frame = content_frame(asset)
+    center, up = np.array(frame.center), np.array(frame.up) / np.linalg.norm(frame.up)
+    flight = orbit(ring(center, up, 2.5 / frame.scale), center, up, math.radians(50), count)
+    batch = flight.cameras(640, 360)
+    return [batch[index] for index in range(count)]
