@@ -258,8 +258,8 @@ def test_a_run_becomes_meshes_and_nothing_else(run: Path, tmp_path: Path, capsys
 
 def test_a_training_starts_from_gaussians(tiny_run: Path, run: Path, tmp_path: Path) -> None:
     export(ExportConfig(tiny_run, tmp_path / "scene.ply"))
-    with pytest.raises(ValueError, match=r"'\.glb' for Gaussians; expected one of \.ply"):
-        export(ExportConfig(tiny_run, tmp_path / "scene.glb"))
+    with pytest.raises(ValueError, match=r"'\.obj' for Gaussians; expected one of \.ply"):
+        export(ExportConfig(tiny_run, tmp_path / "scene.obj"))
     words = ["--representation", "convexes", "--convexes.points", 5, "--init", tmp_path / "scene.ply", "--steps", 1]
     done = command("train.cli", *SMALL, *words, "--out", tmp_path / "on")
     assert done.returncode == 0, done.stderr

@@ -144,7 +144,7 @@ class TrainConfig:
     max_primitives: int = 150_000
     """Never more primitives than this."""
     init: Path | None = None
-    """Start from the splats in this .ply instead of from points."""
+    """Start from the splats in this file (docs/formats.md) instead of from points."""
     resume: Path | None = None
     """Go on with the run in this folder, with its options; only when it ends and what is logged may be changed."""
     pause_at: int | None = None

@@ -217,7 +217,7 @@ def initial_scene(config: TrainConfig, data: SceneData, test_views: Views, devic
 
     Raises:
         FileNotFoundError: there is no such `config.init`.
-        ValueError: it is no .ply of primitives, has more than `config.max_primitives`, or cannot become what is asked for.
+        ValueError: it is no file of primitives, has more than `config.max_primitives`, or cannot become what is asked for.
     """
     representation, options = REPRESENTATIONS[config.representation], representation_config(config)
     if config.init is not None:

@@ -27,7 +27,7 @@ class VideoConfig:
     """Film a trained scene: round it, along the photographs, or through keyframes."""
 
     scene: Positional[Path]
-    """A run's folder, or a .ply of splats."""
+    """A run's folder, or a file of splats (docs/formats.md)."""
     out: Path = Path("video.mp4")
     """The video, replaced if it is there."""
     path: str = "orbit"
@@ -37,11 +37,11 @@ class VideoConfig:
     fps: float = _FPS
     """Frames a second."""
     width: int | None = None
-    """Pixels, made even; default as the photographs the scene was trained on, 960 for a .ply."""
+    """Pixels, made even; default as the photographs the scene was trained on, 960 for a file of splats."""
     height: int | None = None
     """Pixels, made even; with only one of the two given, the other keeps the shape."""
     fov: float | None = None
-    """Vertical field of view, degrees; default the photographs', 50 for a .ply."""
+    """Vertical field of view, degrees; default the photographs', 50 for a file of splats."""
     quality: int = 18
     """x264's CRF, 1 to 51: 18 is hard to tell from the frames themselves, 28 is small."""
     step: int | None = None
@@ -133,7 +133,7 @@ def plan(scene: Any, config: VideoConfig) -> tuple[Flight, tuple[int, int]]:
     center = np.array(scene.frame.center)
     if not photographs:
         if config.path == "train":
-            raise ValueError(f"--path train: {config.scene} is a .ply, which has no photographs; try orbit")
+            raise ValueError(f"--path train: {config.scene} is a file, which has no photographs; try orbit")
         poses = camera_path.ring(center, up, _distance(fov, size) / scene.frame.scale)
         return camera_path.orbit(poses, center, up, fov, frames), size
     poses = camera_path.poses_of(photographs)

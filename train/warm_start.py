@@ -29,7 +29,7 @@ def scene_from_file(config: TrainConfig, options: Any, data: SceneData, views: V
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no .ply of primitives, has more than `max_primitives`, or cannot become that representation.
+        ValueError: it is no file of primitives, has more than `max_primitives`, or cannot become that representation.
     """
     from prismfield.export.formats import ASSETS, read_asset, tensors_of  # not at the top: export builds on train
 
