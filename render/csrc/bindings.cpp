@@ -37,5 +37,6 @@ NB_MODULE(PF_MODULE, m) {
   pf::bind_project(m);
   pf::bind_project_convexes(m);
   pf::bind_sh(m);
+  pf::bind_sort_grid(m);
   pf::bind_ssim(m);
 }

@@ -13,6 +13,7 @@ void bind_mlp(nanobind::module_ &m);
 void bind_project(nanobind::module_ &m);
 void bind_project_convexes(nanobind::module_ &m);
 void bind_sh(nanobind::module_ &m);
+void bind_sort_grid(nanobind::module_ &m);
 void bind_ssim(nanobind::module_ &m);
 
 }  // namespace pf
