@@ -28,11 +28,26 @@ CHUNK = struct.Struct("<IIIHBb")
 """bytes that follow, their CRC-32, Gaussians, lanes, octree level, quarters of a power of two on the steps of colour."""
 ANTIALIASED, UP_KNOWN = 1, 2
 MAX_CHUNK, MAX_DEPTH, MAX_TABLES, MAX_LANES = 1 << 16, 21, 1 << 18, 1 << 12
-PLANES = ("occupancy", "count", "count_high", "refine", "scale", "flat", "thin", "opacity", "qx", "qy", "qz", "c0", "c1", "c2")
+PLANES = (
+    "occupancy",
+    "count",
+    "count_high",
+    "refine",
+    "scale",
+    "flat",
+    "thin",
+    "opacity",
+    "qx",
+    "qy",
+    "qz",
+    "c0",
+    "c1",
+    "c2",
+)
 """In this order in the header; planes of coefficients follow."""
 COLOR = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3.0], [2.0], [6.0]])
 """Rows: what c0, c1, c2 are of red, green and blue; orthonormal."""
-_POPULATION = np.array([bin(i).count("1") for i in range(256)])
+POPULATION = np.array([bin(i).count("1") for i in range(256)])
 
 
 @dataclass(frozen=True)
@@ -166,8 +181,22 @@ def _parse_tables(text: bytes, count: int, chunks: int, degree: int, rank: int, 
     if planes["occupancy"].low < 1 or planes["occupancy"].low + len(planes["occupancy"].prior) > 256:
         raise ValueError("the tables are damaged: plane occupancy cannot be")
     up = numbers[9:12] if flags & UP_KNOWN else None
-    low3, steps = np.array(numbers[:3]), numbers[3:9]
-    return Tables(count, chunks, degree, flags, low3, *steps, up, depths, turns, basis, planes)
+    low3, (extent, *steps) = np.array(numbers[:3]), numbers[3:9]
+    names = ("scale_low", "scale_step", "opacity_step", "color_step", "sh_step")
+    return Tables(
+        count=count,
+        chunks=chunks,
+        sh_degree=degree,
+        flags=flags,
+        low=low3,
+        extent=extent,
+        up=up,
+        depths=depths,
+        turns=turns,
+        basis=basis,
+        planes=planes,
+        **dict(zip(names, steps, strict=True)),
+    )
 
 
 def _decode_chunk(tables: Tables, decoder: Decoder, count: int, level: int, coarser: float) -> dict[str, NDArray]:
@@ -223,7 +252,7 @@ def _decode_cells(planes: dict[str, Plane], decoder: Decoder, count: int, level:
         if len(node) > count:
             raise ValueError("a chunk has more cells than Gaussians")
         nodes = nodes[node] << np.uint64(3) | child.astype(np.uint64)
-        parents = _POPULATION[children][node]
+        parents = POPULATION[children][node]
     more = decoder.plane(planes["count"], len(nodes), parents, 9) + planes["count"].low
     more = more + 256 * (decoder.plane(planes["count_high"], len(nodes)) + planes["count_high"].low)
     if more.min(initial=0) < 0 or len(nodes) + more.sum() != count:

@@ -33,7 +33,9 @@ class Encoder:
         self._lanes = lanes
         self._steps: list[tuple[NDArray[np.uint32], NDArray[np.uint32]]] = []  # (frequency, what lies below) of lanes
 
-    def plane(self, plane: Plane, values: NDArray[np.int64], given: NDArray[np.int64] | None = None, givens: int = 1) -> None:
+    def plane(
+        self, plane: Plane, values: NDArray[np.int64], given: NDArray[np.int64] | None = None, givens: int = 1
+    ) -> None:
         """What `Decoder.plane` gives back, `plane.low` added."""
         size, count = len(plane.prior), len(values)
         if size == 1 or count == 0:

@@ -100,7 +100,9 @@ class Decoder:
         if self._at != len(self._words) or (self._states != STATE_MIN).any():
             raise ValueError("a chunk does not end where its symbols end")
 
-    def plane(self, plane: Plane, count: int, given: NDArray[np.int64] | None = None, givens: int = 1) -> NDArray[np.int64]:
+    def plane(
+        self, plane: Plane, count: int, given: NDArray[np.int64] | None = None, givens: int = 1
+    ) -> NDArray[np.int64]:
         """[count] symbols, `plane.low` not yet added.
 
         Args:
@@ -152,7 +154,9 @@ class Decoder:
         """One symbol of each of the first `active` lanes."""
         states = self._states[:active].astype(np.uint64)
         entry = table[(contexts << TOTAL_BITS) + (states & np.uint64(TOTAL - 1)).astype(np.int64)]
-        states = ((entry >> np.uint64(8)) & np.uint64(8191)) * (states >> np.uint64(TOTAL_BITS)) + (entry >> np.uint64(21))
+        states = ((entry >> np.uint64(8)) & np.uint64(8191)) * (states >> np.uint64(TOTAL_BITS)) + (
+            entry >> np.uint64(21)
+        )
         low = np.flatnonzero(states < STATE_MIN)
         if len(low):
             if self._at + len(low) > len(self._words):

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prismfield.export.assets import SplatAsset
-from prismfield.export.curves import deinterleave, interleave
+from prismfield.export.curves import interleave
 from prismfield.export.pfz import (
     ANTIALIASED,
     CHUNK,
@@ -24,16 +24,19 @@ from prismfield.export.pfz import (
     MAX_DEPTH,
     NUMBERS,
     PLANES,
+    POPULATION,
     UP_KNOWN,
     VERSION,
     Tables,
+    decode_pfz,
     energy_class,
+    read_pfz,
 )
 from prismfield.export.pfz_coder import Encoder, plane_of
 from prismfield.export.pfz_models import Plane
+from prismfield.export.verify import write_verified
 
 Ints = NDArray[np.int64]
-_POPULATION = np.array([bin(i).count("1") for i in range(256)])
 _CLASSES = {"scale": 12, "flat": 6, "thin": 6, "opacity": 6, "c0": 16, "c1": 10, "c2": 10}
 _LANES, _SYMBOLS_A_LANE = 256, 64
 
@@ -42,22 +45,22 @@ _LANES, _SYMBOLS_A_LANE = 256, 64
 class PfzSteps:
     """How coarsely each attribute is rounded. Twice the steps: about a bit less of each number."""
 
-    position: float = 0.35
+    position: float = 0.5
     """Side of the cell that a Gaussian is put into, in standard deviations (geometric mean of the two larger ones), at most."""
-    scale: float = 0.16
+    scale: float = 0.2
     """Of the logarithm of a standard deviation."""
     flattest: float = 150.0
     """The largest standard deviation by the smallest is at most that."""
-    opacity: float = 0.03
-    turn: float = 0.12
+    opacity: float = 0.04
+    turn: float = 0.2
     """Of a quaternion's component, of a Gaussian twice as long as wide; finer in proportion for longer ones."""
     color: float = 0.08
     """Of a harmonic of degree 0; 0.28 times that in a channel's value."""
-    sh: float = 0.16
+    sh: float = 0.08
     """Of a coefficient of the higher ones."""
-    dead: float = 0.2
+    dead: float = 0.15
     """What a coefficient of the higher harmonics is short of the middle between two steps and still goes down."""
-    chunk_factor: float = 1.0
+    chunk_factor: float = 1.41
     """Steps of colour of each further class of importance, by those of the class before."""
 
     def times(self, factor: float) -> PfzSteps:
@@ -80,9 +83,30 @@ def encode_pfz(asset: SplatAsset, steps: PfzSteps, importance: NDArray | None = 
     chosen = chunks_of(asset, importance)
     raw, tables = _round(asset, steps, importance)
     coded = [_prepare(raw, rows, tables, steps, rank) for rank, rows in chosen]
-    planes = {name: _plane(name, [chunk.planes.get(name, ()) for chunk in coded]) for name in (*PLANES, *raw.coefficient_names)}
-    tables = Tables(**(vars(tables) | {"planes": planes, "chunks": len(coded)}))
+    planes = {
+        name: _plane(name, [chunk.planes.get(name, ()) for chunk in coded])
+        for name in (*PLANES, *raw.coefficient_names)
+    }
+    tables = _Tables(**(vars(tables) | {"planes": planes, "chunks": len(coded)}))
     return _header(tables) + b"".join(_encode_chunk(chunk, tables) for chunk in coded)
+
+
+def write_pfz(path: Path, asset: SplatAsset, steps: PfzSteps = PfzSteps(), importance: NDArray | None = None) -> None:
+    """Write a .pfz, read it back and compare before it takes the name `path`; lossy, `steps` says how much.
+
+    Raises:
+        ValueError: the asset is empty.
+        OSError: the file could not be written, or came back different.
+    """
+
+    def write(temporary: Path, asset: SplatAsset) -> None:
+        temporary.write_bytes(data)
+
+    data = encode_pfz(asset, steps, importance) if len(asset) else b""
+    expected = decode_pfz(data) if len(asset) else asset
+    write_verified(
+        path, expected, write, read_pfz, dict.fromkeys(("means", "quats", "scales", "opacities", "sh", "up"), 0.0)
+    )
 
 
 def importance_of(asset: SplatAsset) -> NDArray[np.float64]:
@@ -106,7 +130,9 @@ def chunks_of(asset: SplatAsset, importance: NDArray) -> list[tuple[int, NDArray
         rows = order[start:stop]
         means = asset.means[rows].astype(np.float64)
         span = max(float(np.ptp(means, 0).max()), 1e-30)
-        along = np.argsort(interleave(((means - means.min(0)) / span * ((1 << MAX_DEPTH) - 1)).astype(np.uint64)), kind="stable")
+        along = np.argsort(
+            interleave(((means - means.min(0)) / span * ((1 << MAX_DEPTH) - 1)).astype(np.uint64)), kind="stable"
+        )
         found += [(rank, np.sort(part)) for part in np.array_split(rows[along], -(-len(rows) // MAX_CHUNK))]
         start, rank = stop, rank + 1
     return found
@@ -132,7 +158,7 @@ class _Raw(NamedTuple):
     coefficient_names: list[str]
 
 
-def _round(asset: SplatAsset, steps: PfzSteps, importance: NDArray) -> tuple[_Raw, Tables]:
+def _round(asset: SplatAsset, steps: PfzSteps, importance: NDArray) -> tuple[_Raw, _Tables]:
     means = asset.means.astype(np.float64)
     low = means.min(0).astype(np.float32).astype(np.float64)
     extent = float(np.float32(max(float((means - low).max()) * 1.0001, 1e-12)))
@@ -147,7 +173,9 @@ def _round(asset: SplatAsset, steps: PfzSteps, importance: NDArray) -> tuple[_Ra
     depths = np.clip(np.ceil(np.log2(extent / steps.position) - sizes / np.log(2)), 1, MAX_DEPTH).astype(np.uint8)
     ratios = np.exp(np.arange((flat + thin).max() + 1) * scale_step)
     # Nothing is seen of how a sphere is turned; of a needle, its width is a share of its length.
-    turns = np.clip(np.ceil(np.log2(np.maximum((ratios - 1 / ratios) / 1.5 / steps.turn, 1))) + 1, 1, 8).astype(np.uint8)
+    turns = np.clip(np.ceil(np.log2(np.maximum((ratios - 1 / ratios) / 1.5 / steps.turn, 1))) + 1, 1, 8).astype(
+        np.uint8
+    )
     cells = interleave(np.clip((means - low) / extent * (1 << MAX_DEPTH), 0, (1 << MAX_DEPTH) - 1).astype(np.uint64))
     bits = turns[flat + thin].astype(np.int64)
     opacity_step = max(steps.opacity, 1 / 255)
@@ -155,18 +183,46 @@ def _round(asset: SplatAsset, steps: PfzSteps, importance: NDArray) -> tuple[_Ra
     opacity = np.maximum(opacity, 1)
     rest = asset.sh[:, 1:].reshape(len(asset), -1).astype(np.float64)
     basis, norms = _basis(rest, importance, steps.sh)
-    coefficients = rest @ np.linalg.pinv(basis * (norms / 127)[:, None]) if len(basis) else np.zeros((len(asset), 0))
+    coefficients = (
+        rest @ np.linalg.pinv(basis * (norms / 127)[:, None].astype(np.float64))
+        if len(basis)
+        else np.zeros((len(asset), 0))
+    )
     colors = asset.sh[:, 0].astype(np.float64) @ COLOR.T
     color_step = max(steps.color, _range(colors) / 250)
     sh_step = max(steps.sh, _range(coefficients) / 250)
     names = [f"h{i}" for i in range(len(basis))]
     raw = _Raw(
-        cells, scale, flat, thin, depths[np.maximum(2 * scale - flat, 0)].astype(np.int64), bits, opacity, quats[:, 1:], colors, coefficients, names
+        cells,
+        scale,
+        flat,
+        thin,
+        depths[np.maximum(2 * scale - flat, 0)].astype(np.int64),
+        bits,
+        opacity,
+        quats[:, 1:],
+        colors,
+        coefficients,
+        names,
     )
-    flags = ANTIALIASED * asset.antialiased + UP_KNOWN * (asset.up is not None)
-    numbers = [float(np.float32(x)) for x in (scale_low, scale_step, opacity_step, color_step, sh_step)]
-    packed = {"norms": norms, "codes": basis}
-    tables = Tables(len(asset), 0, asset.sh_degree, flags, low, extent, *numbers, asset.up, depths, turns, packed, {})  # type: ignore[arg-type]
+    numbers = {"scale_low": scale_low, "scale_step": scale_step, "opacity_step": opacity_step}
+    numbers |= {"color_step": color_step, "sh_step": sh_step}
+    tables = _Tables(
+        count=len(asset),
+        chunks=0,
+        sh_degree=asset.sh_degree,
+        flags=ANTIALIASED * asset.antialiased + UP_KNOWN * (asset.up is not None),
+        low=low,
+        extent=extent,
+        up=asset.up,
+        depths=depths,
+        turns=turns,
+        basis=basis.astype(np.float64) * (norms / 127)[:, None],
+        planes={},
+        codes=basis,
+        norms=norms,
+        **{name: float(np.float32(value)) for name, value in numbers.items()},
+    )
     return raw, tables
 
 
@@ -208,7 +264,9 @@ def _quaternions(m: NDArray) -> NDArray:
     a, b, c = m[:, 2, 1] - m[:, 1, 2], m[:, 0, 2] - m[:, 2, 0], m[:, 1, 0] - m[:, 0, 1]
     d, e, f = m[:, 0, 1] + m[:, 1, 0], m[:, 0, 2] + m[:, 2, 0], m[:, 1, 2] + m[:, 2, 1]
     g = diagonal.T
-    rows = np.stack([np.stack(row, 1) for row in ((g[0], a, b, c), (a, g[1], d, e), (b, d, g[2], f), (c, e, f, g[3]))], 1)
+    rows = np.stack(
+        [np.stack(row, 1) for row in ((g[0], a, b, c), (a, g[1], d, e), (b, d, g[2], f), (c, e, f, g[3]))], 1
+    )
     found = rows[np.arange(len(m)), diagonal.argmax(1)]
     return found / np.linalg.norm(found, axis=1, keepdims=True)
 
@@ -226,7 +284,16 @@ def _basis(rest: NDArray, importance: NDArray, step: float) -> tuple[NDArray[np.
     return np.round(directions / norms[:, None] * 127).astype(np.int8), norms
 
 
-class _Chunk(NamedTuple):
+@dataclass(frozen=True)
+class _Tables(Tables):
+    codes: NDArray[np.int8]
+    """[rank, terms] the basis as it is stored, -127..127."""
+    norms: NDArray[np.float32]
+    """[rank] what 127 stands for."""
+
+
+@dataclass(frozen=True)
+class _Chunk:
     level: int
     count: int
     finer: int
@@ -239,7 +306,7 @@ def _prepare(raw: _Raw, rows: NDArray[np.int64], tables: Tables, steps: PfzSteps
     depth = raw.depth[rows]
     level = _level(raw.cells[rows], depth)
     depth = np.maximum(depth, level)
-    finer = int(round(4 * rank * np.log2(steps.chunk_factor)))
+    finer = round(4 * rank * float(np.log2(steps.chunk_factor)))
     coarser = 2.0 ** (finer / 4)
     planes: dict[str, list[tuple[Ints, Ints | None, int]]] = {}
     _plan_cells(planes, raw.cells[rows], level)
@@ -286,20 +353,34 @@ def _plan_cells(planes: dict[str, list[tuple[Ints, Ints | None, int]]], cells: N
         occupied = np.zeros(len(nodes), np.int64)
         np.bitwise_or.at(occupied, of, 1 << (children & np.uint64(7)).astype(np.int64))
         planes["occupancy"].append((occupied, parents, 9))
-        parents = _POPULATION[occupied][of]
+        parents = POPULATION[occupied][of]
     more = np.unique(cells >> np.uint64(3 * (MAX_DEPTH - level)), return_counts=True)[1].astype(np.int64) - 1
     planes["count"] = [(more % 256, parents, 9)]
     planes["count_high"] = [(more // 256, None, 1)]
 
 
 def _plane(name: str, parts: list) -> Plane:
+    """The model of all values that the chunks have for a name."""
     values = [values for part in parts for values, _, _ in part]
-    return plane_of(np.concatenate([np.zeros(0, np.int64), *values]), _CLASSES.get(name, 1)) if name != "occupancy" or any(
-        len(v) for v in values
-    ) else Plane(1, np.full(1, 255, np.uint8))
+    return plane_of(np.concatenate([np.zeros(0, np.int64), *values]), _CLASSES.get(name, 1))
 
 
-_ORDER = ("occupancy", "count", "count_high", "scale", "flat", "thin", "refine", "opacity", "qx", "qy", "qz", "c0", "c1", "c2")
+_ORDER = (
+    "occupancy",
+    "count",
+    "count_high",
+    "scale",
+    "flat",
+    "thin",
+    "refine",
+    "opacity",
+    "qx",
+    "qy",
+    "qz",
+    "c0",
+    "c1",
+    "c2",
+)
 
 
 def _encode_chunk(chunk: _Chunk, tables: Tables) -> bytes:
@@ -312,16 +393,15 @@ def _encode_chunk(chunk: _Chunk, tables: Tables) -> bytes:
     return CHUNK.pack(len(body), zlib.crc32(body), chunk.count, lanes, chunk.level, chunk.finer) + body
 
 
-def _header(tables: Tables) -> bytes:
+def _header(tables: _Tables) -> bytes:
     up = tables.up or (0.0, 0.0, 0.0)
     steps = (tables.scale_low, tables.scale_step, tables.opacity_step, tables.color_step, tables.sh_step)
     text = NUMBERS.pack(*tables.low, tables.extent, *steps, *up, 0.0)
     for table in (tables.depths, tables.turns):
         text += struct.pack("<H", len(table)) + table.tobytes()
-    basis: dict[str, NDArray] = tables.basis  # type: ignore[assignment]
-    text += basis["norms"].astype("<f4").tobytes() + basis["codes"].tobytes()
+    text += tables.norms.astype("<f4").tobytes() + tables.codes.tobytes()
     for plane in tables.planes.values():
         text += struct.pack("<hBB", plane.low, len(plane.prior) - 1, plane.classes) + plane.prior.tobytes()
     packed = zlib.compress(text, 9)
-    fixed = (tables.count, tables.chunks, tables.sh_degree, len(basis["codes"]), 0, len(packed), len(text))
+    fixed = (tables.count, tables.chunks, tables.sh_degree, len(tables.codes), 0, len(packed), len(text))
     return FIXED.pack(MAGIC, VERSION, tables.flags, *fixed) + packed

@@ -67,8 +67,8 @@ class Model {
   std::vector<bool> changed_;
 };
 
-// Decodes a plane into `out` [count]; returns where in `words` it ended, or -1 if they ended first. `near` [A]: the class
-// of a neighbour with each symbol, times the number of given contexts; `given` [count] or empty.
+// Decodes a plane into `out` [count]; returns where in `words` it ended, or -1 if they ended first. `near` [A]: the
+// class of a neighbour with each symbol, times the number of given contexts; `given` [count] or empty.
 int64_t pfz_plane(States states, Words words, int64_t at, Longs start, Longs near, int64_t contexts, Longs given,
                   int64_t steps, Longs out) {
   const int64_t count = out.shape(0), lanes = (count + steps - 1) / steps, end = words.shape(0);
@@ -105,7 +105,8 @@ int64_t pfz_plane(States states, Words words, int64_t at, Longs start, Longs nea
       const int64_t active = (count - s + steps - 1) / steps;
       for (int64_t lane = 0; lane < active; lane++)
         model.add(seen[(s - first) * lanes + lane], static_cast<int>(to[lane * steps + s]));
-      for (int64_t lane = active; lane < lanes; lane++) model.add(0, 0);  // as the specification counts lanes that ended
+      for (int64_t lane = active; lane < lanes; lane++)
+        model.add(0, 0);  // as the specification counts lanes that ended
     }
     length = std::min(std::max<int64_t>(step, 1), longest);
   }
