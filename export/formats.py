@@ -13,6 +13,7 @@ from prismfield.datasets.base import SceneFrame
 from prismfield.export.assets import Asset, ConvexAsset, SplatAsset
 from prismfield.export.convex_ply import ELEMENT, convex_ply_bytes, read_convex_ply, write_convex_ply
 from prismfield.export.mesh import write_glb, write_obj
+from prismfield.export.pfz import read_pfz
 from prismfield.export.ply import ply_bytes, read_ply, write_ply
 from prismfield.export.ply_file import read_header
 from prismfield.representations.base import REPRESENTATIONS, Representation
@@ -71,6 +72,8 @@ def read_asset(path: Path) -> Asset:
         FileNotFoundError: there is no such file.
         ValueError: one line saying what is wrong with it.
     """
+    if path.suffix.lower() == ".pfz":
+        return read_pfz(path)
     with path.open("rb") as file:
         try:
             names = {element.name for element in read_header(file).elements}

@@ -96,7 +96,7 @@ def load(path: str | os.PathLike[str], *, step: int | None = None, device: torch
         ValueError: one line saying what is wrong with it.
     """
     path = Path(path)
-    if path.is_dir() or path.suffix.lower() != ".ply":
+    if path.is_dir() or path.suffix.lower() not in (".ply", ".pfz"):
         if path.is_file():
             raise ValueError(f"{path}: expected a run's folder or a .ply")
         run = load_run(path, device=device, step=step)

@@ -45,22 +45,22 @@ _LANES, _SYMBOLS_A_LANE = 256, 64
 class PfzSteps:
     """How coarsely each attribute is rounded. Twice the steps: about a bit less of each number."""
 
-    position: float = 0.5
+    position: float = 0.35
     """Side of the cell that a Gaussian is put into, in standard deviations (geometric mean of the two larger ones), at most."""
-    scale: float = 0.2
+    scale: float = 0.22
     """Of the logarithm of a standard deviation."""
     flattest: float = 150.0
     """The largest standard deviation by the smallest is at most that."""
     opacity: float = 0.04
-    turn: float = 0.2
+    turn: float = 0.4
     """Of a quaternion's component, of a Gaussian twice as long as wide; finer in proportion for longer ones."""
-    color: float = 0.08
+    color: float = 0.12
     """Of a harmonic of degree 0; 0.28 times that in a channel's value."""
-    sh: float = 0.08
+    sh: float = 0.07
     """Of a coefficient of the higher ones."""
-    dead: float = 0.15
+    dead: float = 0.05
     """What a coefficient of the higher harmonics is short of the middle between two steps and still goes down."""
-    chunk_factor: float = 1.41
+    chunk_factor: float = 1.5
     """Steps of colour of each further class of importance, by those of the class before."""
 
     def times(self, factor: float) -> PfzSteps:
@@ -91,22 +91,30 @@ def encode_pfz(asset: SplatAsset, steps: PfzSteps, importance: NDArray | None = 
     return _header(tables) + b"".join(_encode_chunk(chunk, tables) for chunk in coded)
 
 
-def write_pfz(path: Path, asset: SplatAsset, steps: PfzSteps = PfzSteps(), importance: NDArray | None = None) -> None:
+def write_pfz(path: Path, asset: SplatAsset, steps: PfzSteps | None = None, importance: NDArray | None = None) -> None:
     """Write a .pfz, read it back and compare before it takes the name `path`; lossy, `steps` says how much.
 
     Raises:
         ValueError: the asset is empty.
         OSError: the file could not be written, or came back different.
     """
+    if len(asset) == 0:
+        raise ValueError(f"{path}: there is nothing to write, the scene has no {asset.noun}")
+    write_encoded(path, encode_pfz(asset, steps or PfzSteps(), importance))
 
-    def write(temporary: Path, asset: SplatAsset) -> None:
-        temporary.write_bytes(data)
 
-    data = encode_pfz(asset, steps, importance) if len(asset) else b""
-    expected = decode_pfz(data) if len(asset) else asset
-    write_verified(
-        path, expected, write, read_pfz, dict.fromkeys(("means", "quats", "scales", "opacities", "sh", "up"), 0.0)
-    )
+def write_encoded(path: Path, data: bytes) -> None:
+    """Write what `encode_pfz` gave; the file takes its name after the same Gaussians were read from it.
+
+    Raises:
+        OSError: the file could not be written, or came back different.
+    """
+    fields = ("means", "quats", "scales", "opacities", "sh", "up", "antialiased")
+    write_verified(path, decode_pfz(data), lambda to, _: _write_bytes(to, data), read_pfz, dict.fromkeys(fields, 0.0))
+
+
+def _write_bytes(path: Path, data: bytes) -> None:
+    path.write_bytes(data)
 
 
 def importance_of(asset: SplatAsset) -> NDArray[np.float64]:

@@ -20,7 +20,7 @@ from prismfield.export.ply import read_ply
 from prismfield.render import kernels as kernels_module
 from prismfield.render.kernels import LEVELS, load_kernels
 
-FINE = replace(PfzSteps(), chunk_factor=1.0, dead=0.0)
+FINE = replace(PfzSteps(), chunk_factor=1.0, dead=0.0, turn=0.2)
 TABLES = ["reference", *LEVELS]
 
 
