@@ -15,6 +15,7 @@ from prismfield.export.compressed_ply import MARK, read_compressed_ply, write_co
 from prismfield.export.convex_ply import ELEMENT, convex_ply_bytes, read_convex_ply, write_convex_ply
 from prismfield.export.ksplat import read_ksplat
 from prismfield.export.mesh import write_glb, write_obj
+from prismfield.export.pfz import read_pfz
 from prismfield.export.ply import ply_bytes, read_ply, write_ply
 from prismfield.export.ply_file import read_header
 from prismfield.export.reading import naming
@@ -98,6 +99,7 @@ FORMATS: dict[str, dict[str, Format]] = {
         "meta.json": replace(_SOG, about="the files of a .sog beside each other", is_folder=True),
         ".glb": Format("glTF with KHR_gaussian_splatting, y up", _plain(write_splat_glb), read_splat_glb),
         ".ksplat": Format("GaussianSplats3D's", read=read_ksplat),
+        ".pfz": Format("our smallest; render-compress writes it", read=read_pfz),
         ".splat": Format(
             "32 bytes each, the same colour from everywhere",
             _plain(write_splat),

@@ -34,8 +34,10 @@ NB_MODULE(PF_MODULE, m) {
   pf::bind_grid(m);
   pf::bind_march(m);
   pf::bind_mlp(m);
+  pf::bind_pfz_decode(m);
   pf::bind_project(m);
   pf::bind_project_convexes(m);
   pf::bind_sh(m);
+  pf::bind_sort_grid(m);
   pf::bind_ssim(m);
 }
