@@ -108,7 +108,8 @@ class Fusion:
         uv = local[:, :2] / z.clamp(min=reach)[:, None] * focal + camera.Ks[0, :2, 2].float()
         margin = 2 * reach / z.clamp(min=reach)[:, None] * focal
         size = torch.tensor([camera.width, camera.height])
-        kept = (z > -reach) & ((uv > -margin) & (uv < size + margin)).all(-1) & (z < float(depth.max()) + reach)
+        farthest = float(depth.max()) if depth.min() > 0 else torch.inf
+        kept = (z > -reach) & ((uv > -margin) & (uv < size + margin)).all(-1) & (z < farthest + reach + self.truncation)
         yield from kept.nonzero()[:, 0].split(_AT_ONCE // SIDE**3)
 
     def _add(self, view: View, chosen: Tensor, values: Tensor, weights: Tensor) -> None:
@@ -126,8 +127,9 @@ class Fusion:
         inside = (z > 0) & (column >= 0) & (column < camera.width) & (row >= 0) & (row < camera.height)
         at = (row.clamp(0, camera.height - 1) * camera.width + column.clamp(0, camera.width - 1)).long()
         seen = depth.reshape(-1)[at]
+        seen = torch.where(seen > 0, seen, torch.inf)  # where nothing is, all of the ray is empty
         distance = (seen - z) * (1 + x * x + y * y).sqrt()
-        counted = inside & (seen > 0) & (distance > -self.truncation)
+        counted = inside & (distance > -self.truncation)
         added = (distance / self.truncation).clamp(max=1) * counted
         shape = (len(chosen), SIDE, SIDE, SIDE)
         values.index_add_(0, chosen, added.view(shape))
