@@ -84,7 +84,10 @@ def test_bricks_refuse_what_does_not_fit() -> None:
         Bricks(np.zeros(3), 1.0, np.zeros((2, 3), np.int64), np.zeros((1, 8, 8, 8), np.float32))
     with pytest.raises(ValueError, match="expected 0 to"):
         Bricks(np.zeros(3), 1.0, np.array([[0, -1, 0]]), np.zeros((1, 8, 8, 8), np.float32))
-    assert len(marching_cubes(Bricks(np.zeros(3), 1.0, np.zeros((0, 3), np.int64), np.zeros((0, 8, 8, 8), np.float32)))[1]) == 0
+    assert (
+        len(marching_cubes(Bricks(np.zeros(3), 1.0, np.zeros((0, 3), np.int64), np.zeros((0, 8, 8, 8), np.float32)))[1])
+        == 0
+    )
 
 
 def test_neighbours_of_bricks() -> None:
@@ -103,7 +106,9 @@ def sphere_views(count: int = 24, *, noise: float = 0.0) -> list[View]:
     for number in range(count):
         height = 1 - 2 * (number + 0.5) / count
         turn = number * math.pi * (3 - math.sqrt(5))
-        direction = torch.tensor([math.sqrt(1 - height**2) * math.cos(turn), math.sqrt(1 - height**2) * math.sin(turn), height])
+        direction = torch.tensor(
+            [math.sqrt(1 - height**2) * math.cos(turn), math.sqrt(1 - height**2) * math.sin(turn), height]
+        )
         forward = -direction
         right = torch.linalg.cross(torch.tensor([0.3, 0.5, 0.8]), forward)
         right = right / right.norm()
@@ -139,7 +144,9 @@ def test_a_sphere_comes_back_from_depths(noise: float) -> None:
     distances = np.linalg.norm(vertices - CENTER, axis=1) - RADIUS
     assert np.abs(distances).max() < 0.04 and np.abs(distances).mean() < 0.008 and abs(distances.mean()) < 0.006
     assert open_edges(faces) == 0
-    assert trimesh.Trimesh(vertices, faces, process=False).volume == pytest.approx(4 / 3 * math.pi * RADIUS**3, rel=0.03)
+    assert trimesh.Trimesh(vertices, faces, process=False).volume == pytest.approx(
+        4 / 3 * math.pi * RADIUS**3, rel=0.03
+    )
     colors = colors_from_views(vertices, vertex_normals(vertices, faces), views, 0.16)
     expected = 0.5 + 0.5 * (vertices - CENTER) / RADIUS
     assert np.abs(colors - expected).max() < 0.1 and np.abs(colors - expected).mean() < 0.01
