@@ -104,13 +104,14 @@ def orbit(poses: Array, center: Array, up: Array, fov: float, frames: int) -> Fl
     return Flight(_looking_at(positions, np.broadcast_to(center, positions.shape), up), np.full(frames, fov))
 
 
-def ring(center: Array, up: Array, radius: float) -> Array:
-    """[C, 4, 4] poses on a ring round `center`, 20 degrees above it: where nobody knows of photographs."""
+def ring(center: Array, up: Array, radius: float, elevation: float = 20.0, count: int = 36) -> Array:
+    """[C, 4, 4] `count` poses on a ring round `center`, `elevation` degrees above it: where nobody knows of photographs."""
     first = np.cross(up, np.eye(3)[np.argmin(np.abs(up))])
     first /= np.linalg.norm(first)
-    turns = np.arange(36)[:, None] / 36 * 2 * math.pi
+    turns = np.arange(count)[:, None] / count * 2 * math.pi
+    rise = math.radians(elevation)
     level = np.cos(turns) * first + np.sin(turns) * np.cross(up, first)
-    positions = center + radius * (math.cos(math.radians(20)) * level + math.sin(math.radians(20)) * up)
+    positions = center + radius * (math.cos(rise) * level + math.sin(rise) * up)
     return _looking_at(positions, np.broadcast_to(center, positions.shape), up)
 
 
