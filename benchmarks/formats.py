@@ -134,7 +134,9 @@ def show(name: str, result: dict[str, Any]) -> Table:
         other = entry.get("splat_transform") or {}
         own = [f"{entry['bytes']:,}", f"{plain / entry['bytes']:.1f}", f"{entry['psnr']:.1f}"]
         own += [f"{entry['write_seconds']:.1f}", f"{entry['read_seconds']:.1f}"]
-        peers = [f"{other['bytes']:,}", f"{other['psnr']:.1f}", f"{other['seconds']:.1f}"] if "bytes" in other else [""] * 3
+        peers = (
+            [f"{other['bytes']:,}", f"{other['psnr']:.1f}", f"{other['seconds']:.1f}"] if "bytes" in other else [""] * 3
+        )
         table.add_row(kind, *own, *peers)
     return table
 

@@ -10,6 +10,7 @@ import struct
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -114,8 +115,9 @@ def decode_pfz(data: bytes, *, partial: bool = False) -> SplatAsset:
     found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     if not partial and len(found["means"]) != tables.count:
         raise ValueError(f"the header promises {tables.count} Gaussians, the chunks have {len(found['means'])}")
+    single: dict[str, Any] = {name: values.astype(np.float32) for name, values in found.items()}
     return SplatAsset(
-        **{name: values.astype(np.float32) for name, values in found.items()},
+        **single,
         up=tables.up,
         antialiased=bool(tables.flags & ANTIALIASED),
     )

@@ -1,6 +1,6 @@
 """Binary glTF with KHR_gaussian_splatting: every value as a float, y up. (Khronos, extension of glTF 2.0, 2026.)
 
-A file turns the user's frame the shortest way from its `up` to +y (`mesh.y_up`; for a file that does not say, half a turn
+A file turns the user's frame the shortest way from its `up` to +y (`mesh_files.y_up`; for a file that does not say, half a turn
 about x), positions, rotations and harmonics alike. What was turned is noted in `asset.extras`, and undone when it is read.
 """
 
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from prismfield.export.assets import SplatAsset
 from prismfield.export.gltf import Glb, read_glb_file
-from prismfield.export.mesh import y_up
+from prismfield.export.mesh_files import y_up
 from prismfield.export.reading import check_ratio, naming, numbers
 from prismfield.export.rows import pieces
 from prismfield.export.verify import write_verified
