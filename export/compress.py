@@ -172,9 +172,9 @@ class Compressor:
         best: Result | None = None
         smallest = 0.0
         for share in PRUNED:
-            factor, size = _search(lambda f, s=share: len(self.encode(f, s)[0]), limit)  # type: ignore[misc]
-            if size > limit:
-                smallest = size
+            factor, size = _search(lambda f, s=share: math.log(len(self.encode(f, s)[0])), math.log(limit), 0.02)  # type: ignore[misc]
+            if size > math.log(limit):
+                smallest = math.exp(size)
                 continue
             found = self.result(factor, share)
             tell(found)
@@ -205,7 +205,7 @@ class Compressor:
                 results[factor] = self.result(factor, share)
                 return -results[factor].psnr
 
-            factor, found = _search(loss, -limit)
+            factor, found = _search(loss, -limit, 0.1)
             nearest = max(nearest, -found)
             if -found < limit:
                 break
@@ -224,10 +224,11 @@ class Compressor:
                 yield self.result(factor, share)
 
 
-def _search(value: Callable[[float], float], limit: float) -> tuple[float, float]:
+def _search(value: Callable[[float], float], limit: float, close: float) -> tuple[float, float]:
     """The largest (or smallest: what falls with it) factor for which `value` is at most `limit`, nearly, and its value.
 
     Values of a size fall with the factor, and the smallest factor is wanted that fits; a loss rises, and the largest is.
+    Ends once `value` is within `close` of the limit; quickly, where it goes in proportion to the factor's logarithm.
     """
     low, high = _FINEST, _COARSEST
     ends = value(low), value(high)
@@ -246,7 +247,7 @@ def _search(value: Callable[[float], float], limit: float) -> tuple[float, float
         found = value(factor)
         if found <= limit:
             good, good_value = factor, found
-            if limit - found < 0.01 * abs(limit):
+            if limit - found < close:
                 break
         else:
             bad, bad_value = factor, found

@@ -224,12 +224,12 @@ def _decode_chunk(tables: Tables, decoder: Decoder, count: int, level: int, coar
     colors = np.stack([plane(name) for name in ("c0", "c1", "c2")], 1) * (tables.color_step * coarser)
     sh = np.zeros((count, (tables.sh_degree + 1) ** 2, 3))
     sh[:, 0] = colors @ COLOR
-    energy, rest = np.zeros(count, np.int64), np.zeros((count, tables.basis.shape[1]))
-    for i, direction in enumerate(tables.basis):
+    energy, coefficients = np.zeros(count, np.int64), np.zeros((count, len(tables.basis)))
+    for i in range(len(tables.basis)):
         found = plane(f"h{i}", energy_class(energy), ENERGY_CLASSES)
-        rest += found[:, None] * (direction * (tables.sh_step * coarser))
+        coefficients[:, i] = found
         energy += np.abs(found)
-    sh[:, 1:] = rest.reshape(count, -1, 3)
+    sh[:, 1:] = (coefficients @ (tables.basis * (tables.sh_step * coarser))).reshape(count, -1, 3)
     decoder.finish()
     ln_scales = tables.scale_low + tables.scale_step * np.stack([scale, scale - flat, scale - flat - thin], 1)
     if not -700 < ln_scales.min(initial=0) <= ln_scales.max(initial=0) < 80:

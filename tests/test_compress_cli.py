@@ -11,14 +11,26 @@ import numpy as np
 import pytest
 
 from prismfield.export import compress as module
+from prismfield.export.assets import SplatAsset
 from prismfield.export.chart import Curve, draw_chart
 from prismfield.export.compress import Likeness, contributions, drawable, pruned_rows, taken
 from prismfield.export.compress_cli import CompressConfig, compress
 from prismfield.export.library import load
 from prismfield.export.pfz import read_pfz
+from prismfield.export.pfz_write import importance_of
 from prismfield.export.ply import ply_bytes, write_ply
 
 from .commands import command, refused
+
+
+@pytest.fixture(scope="module")
+def small(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A .ply of the run's most important Gaussians, few enough for a search."""
+    asset = load(tiny_run).asset()
+    assert isinstance(asset, SplatAsset)
+    path = tmp_path_factory.mktemp("small") / "small.ply"
+    write_ply(path, taken(asset, pruned_rows(importance_of(asset), 0.95)))
+    return path
 
 
 def test_a_run(tiny_run: Path, tmp_path: Path) -> None:
@@ -51,17 +63,17 @@ def test_a_real_asset_at_a_size(shared_data: Path, tmp_path: Path) -> None:
     assert "8 cameras around it" in done.stdout
 
 
-def test_a_likeness(tiny_run: Path, tmp_path: Path) -> None:
-    found = [compress(CompressConfig(tiny_run, tmp_path / "a.pfz", target_psnr=target)) for target in (33.0, 38.0)]
+def test_a_likeness(small: Path, tmp_path: Path) -> None:
+    found = [compress(CompressConfig(small, tmp_path / "a.pfz", target_psnr=target)) for target in (33.0, 38.0)]
     for numbers, target in zip(found, (33, 38), strict=True):
         assert target <= numbers["psnr"] < target + 0.7
     assert found[0]["bytes"] < 0.8 * found[1]["bytes"]
-    measured = Likeness(load(tiny_run)).compare(read_pfz(tmp_path / "a.pfz"))
+    measured = Likeness(load(small)).compare(read_pfz(tmp_path / "a.pfz"))
     assert measured[0] == pytest.approx(found[1]["psnr"], abs=1e-6)
 
 
-def test_a_sweep(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    compress(CompressConfig(tiny_run, tmp_path / "a.pfz", sweep=tmp_path / "a.png", sh_degree=1, prune=0.5))
+def test_a_sweep(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    compress(CompressConfig(small, tmp_path / "a.pfz", sweep=tmp_path / "a.png", sh_degree=1, prune=0.5))
     printed = capsys.readouterr().out
     rows = re.findall(r"(\d+)% pruned +([\d.]+) MB +[\d.]+ times smaller +([\d.]+) dB", printed)
     assert len(rows) == 21
@@ -70,13 +82,13 @@ def test_a_sweep(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[s
     picture = cv2.imread(str(tmp_path / "a.png"))
     assert picture.shape == (560, 900, 3) and (picture != 255).mean() > 0.02
     back = read_pfz(tmp_path / "a.pfz")
-    assert back.sh_degree == 1 and len(back) == pytest.approx(len(load(tiny_run).asset()) / 2, abs=2)
+    assert back.sh_degree == 1 and len(back) == pytest.approx(load(small).num_primitives / 2, abs=2)
 
 
-def test_what_contributes(tiny_run: Path) -> None:
-    scene = load(tiny_run)
+def test_what_contributes(small: Path) -> None:
+    scene = load(small)
     asset = scene.asset()
-    assert hasattr(asset, "quats")
+    assert isinstance(asset, SplatAsset)
     weights = contributions(scene, asset)
     assert weights.shape == (len(asset),) and (weights >= 0).all()
     likeness = Likeness(scene)
@@ -94,13 +106,13 @@ def test_what_contributes(tiny_run: Path) -> None:
 
 
 def test_a_search_ends_at_the_limit() -> None:
-    rising, falling = (lambda x: np.log(x) * 3 - 36), (lambda x: 1000 / x + 5)
-    factor, value = module._search(rising, -35)
-    assert -35.4 < value <= -35 and rising(factor) == value
-    factor, value = module._search(falling, 300)
-    assert 285 < value <= 300 and falling(factor) == value
-    assert module._search(falling, 1) == (16.0, falling(16.0))
-    assert module._search(falling, 1e9) == (1 / 8, falling(1 / 8))
+    rising, falling = (lambda x: x**0.2 * 3 - 36), (lambda x: np.log(1000 / x + 5))
+    factor, value = module._search(rising, -33, 0.1)
+    assert -33.1 < value <= -33 and rising(factor) == value
+    factor, value = module._search(falling, 5.7, 0.02)
+    assert 5.68 < value <= 5.7 and falling(factor) == value
+    assert module._search(falling, 1, 0.02) == (16.0, falling(16.0))
+    assert module._search(falling, 99, 0.02) == (1 / 8, falling(1 / 8))
 
 
 def test_a_chart_has_its_points_in_place() -> None:
@@ -112,11 +124,11 @@ def test_a_chart_has_its_points_in_place() -> None:
     assert draw_chart([Curve("one", [(3.0, 7.0)])], "MB", "dB", "x").shape == (560, 900, 3)
 
 
-def test_bad_input_is_refused_in_one_line(tiny_run: Path, tmp_path: Path) -> None:
+def test_bad_input_is_refused_in_one_line(small: Path, tmp_path: Path) -> None:
     to = tmp_path / "a.pfz"
     assert "no such run" in refused("export.compress_cli", tmp_path / "nowhere", "--to", to)
     assert "is too small, the smallest tried" in refused(
-        "export.compress_cli", tiny_run, "--to", to, "--target-mb", 0.001
+        "export.compress_cli", small, "--to", to, "--target-mb", 0.001
     )
     for options, message in (
         ({"to": tmp_path / "a.zip"}, r"unknown suffix '\.zip'; expected \.pfz"),
@@ -129,14 +141,14 @@ def test_bad_input_is_refused_in_one_line(tiny_run: Path, tmp_path: Path) -> Non
         ({"target_psnr": 99.0}, "99 dB is out of reach, the finest tried has"),
     ):
         with pytest.raises(ValueError, match=message):
-            compress(CompressConfig(**({"scene": tiny_run, "to": to} | options)))  # type: ignore[arg-type]
+            compress(CompressConfig(**({"scene": small, "to": to} | options)))  # type: ignore[arg-type]
     (tmp_path / "cut.pfz").write_bytes(b"PFZ1")
     assert "cut short" in refused("export.compress_cli", tmp_path / "cut.pfz", "--to", to)
     assert not to.exists()
 
 
-def test_a_file_of_splats(tiny_run: Path, tmp_path: Path) -> None:
-    asset = load(tiny_run).asset()
-    assert hasattr(asset, "quats")
+def test_a_file_of_splats(small: Path, tmp_path: Path) -> None:
+    asset = load(small).asset()
+    assert isinstance(asset, SplatAsset)
     write_ply(tmp_path / "few.ply", taken(asset, np.arange(3)))
     assert compress(CompressConfig(tmp_path / "few.ply", tmp_path / "few.pfz"))["gaussians_kept"] == 3
