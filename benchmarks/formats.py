@@ -111,7 +111,10 @@ def peer(program: list[str], kind: Kind, folder: Path, drawn: Any, whole: torch.
     target = folder / f"peer_{kind.file}"
     words = [*program, "-w", "-g", "cpu", *(kind.words or ()), str(folder / "source.ply"), str(target)]
     before = os.times()
-    done = subprocess.run(words, capture_output=True, text=True, timeout=900)
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=900)
+    except subprocess.TimeoutExpired:
+        return {"error": "not done after 900 s"}
     after = os.times()
     if done.returncode != 0:
         return {"error": done.stderr.strip().splitlines()[-1:] or ["failed"]}
@@ -151,19 +154,17 @@ def main() -> None:
     program = None
     if options.splat_transform is not None:
         program = [options.splat_transform, "-i", str(options.peer_iterations)]
-    results: dict[str, Any] = {}
+    version = None
+    if program is not None:
+        said = subprocess.run([program[0], "--version"], capture_output=True, text=True).stdout
+        version = said.strip() or None
     for path in options.scenes:
         with tempfile.TemporaryDirectory() as folder:
-            results[path.stem] = measure_scene(path, program, Path(folder))
-        Console().print(show(path.stem, results[path.stem]))
-    version = None
-    if options.splat_transform:
-        said = subprocess.run([options.splat_transform, "--version"], capture_output=True, text=True).stdout
-        version = said.strip() or None
-    for result in results.values():
-        result["peer"], result["peer_iterations"] = version, options.peer_iterations
-    before = json.loads(options.out.read_text()) if options.out.exists() else {}
-    options.out.write_text(json.dumps(before | results, indent=1) + "\n")
+            result = measure_scene(path, program, Path(folder))
+        Console(width=max(120, Console().width)).print(show(path.stem, result))
+        result |= {"peer": version, "peer_iterations": options.peer_iterations}
+        before = json.loads(options.out.read_text()) if options.out.exists() else {}
+        options.out.write_text(json.dumps(before | {path.stem: result}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
