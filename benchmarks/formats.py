@@ -1,11 +1,11 @@
 """File formats: size and likeness of each, ours beside splat-transform's, on the same splats.
 
-    python benchmarks/formats.py SCENE [SCENE ...] [--splat-transform PROGRAM] [--out results/formats.json]
+    python benchmarks/formats.py SCENE [SCENE ...] [--splat-transform PROGRAM] [--peer-iterations 10] [--out results/formats.json]
 
 A scene is a file of splats or a run's folder. Each is written in every format by the package and, from an INRIA .ply of the same
 splats, by splat-transform where there is one; both files are read by the package and drawn beside the scene, from the test
 cameras of a run or from six on a ring. PSNR is over all pixels; PSNR of the format is to the scene as far as the format can hold
-it (.splat has no harmonics above degree 0). Seconds are of the CPU, one run: writing includes reading back and comparing values.
+it (.splat has no harmonics above degree 0). Results join those in the file. Seconds are of the CPU, one run: writing includes reading back and comparing values.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def pictures(scene: Scene, cameras: list[Cameras]) -> torch.Tensor:
     return torch.cat(drawn)
 
 
-def measure_scene(path: Path, program: str | None, folder: Path) -> dict[str, Any]:
+def measure_scene(path: Path, program: list[str] | None, folder: Path) -> dict[str, Any]:
     """Every way to write the splats in `path`."""
     source = open_source(path)
     asset, background = source.asset, source.scene.background
@@ -106,12 +106,15 @@ def measure_scene(path: Path, program: str | None, folder: Path) -> dict[str, An
     return {"splats": len(asset), "degree": asset.sh_degree, "cameras": len(cameras), "formats": found}
 
 
-def peer(program: str, kind: Kind, folder: Path, drawn: Any, whole: torch.Tensor) -> dict[str, Any]:
+def peer(program: list[str], kind: Kind, folder: Path, drawn: Any, whole: torch.Tensor) -> dict[str, Any]:
     """The same by splat-transform."""
     target = folder / f"peer_{kind.file}"
-    words = [program, "-w", "-g", "cpu", *(kind.words or ()), str(folder / "source.ply"), str(target)]
+    words = [*program, "-w", "-g", "cpu", *(kind.words or ()), str(folder / "source.ply"), str(target)]
     before = os.times()
-    done = subprocess.run(words, capture_output=True, text=True, timeout=900)
+    try:
+        done = subprocess.run(words, capture_output=True, text=True, timeout=900)
+    except subprocess.TimeoutExpired:
+        return {"error": "not done after 900 s"}
     after = os.times()
     if done.returncode != 0:
         return {"error": done.stderr.strip().splitlines()[-1:] or ["failed"]}
@@ -145,18 +148,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("scenes", nargs="+", type=Path)
     parser.add_argument("--splat-transform", default=shutil.which("splat-transform"))
+    parser.add_argument("--peer-iterations", type=int, default=10, help="of its k-means; 10 is its default")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "formats.json")
     options = parser.parse_args()
-    results: dict[str, Any] = {}
+    program = None
+    if options.splat_transform is not None:
+        program = [options.splat_transform, "-i", str(options.peer_iterations)]
+    version = None
+    if program is not None:
+        said = subprocess.run([program[0], "--version"], capture_output=True, text=True).stdout
+        version = said.strip() or None
     for path in options.scenes:
         with tempfile.TemporaryDirectory() as folder:
-            results[path.stem] = measure_scene(path, options.splat_transform, Path(folder))
-        Console().print(show(path.stem, results[path.stem]))
-    version = None
-    if options.splat_transform:
-        said = subprocess.run([options.splat_transform, "--version"], capture_output=True, text=True).stdout
-        version = said.strip() or None
-    options.out.write_text(json.dumps({"peer": version, "scenes": results}, indent=1) + "\n")
+            result = measure_scene(path, program, Path(folder))
+        Console(width=max(120, Console().width)).print(show(path.stem, result))
+        result |= {"peer": version, "peer_iterations": options.peer_iterations}
+        before = json.loads(options.out.read_text()) if options.out.exists() else {}
+        options.out.write_text(json.dumps(before | {path.stem: result}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
