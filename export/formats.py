@@ -16,6 +16,7 @@ from prismfield.export.convex_ply import ELEMENT, convex_ply_bytes, read_convex_
 from prismfield.export.ksplat import read_ksplat
 from prismfield.export.mesh import write_glb, write_obj
 from prismfield.export.pfz import read_pfz
+from prismfield.export.pfz_write import write_pfz
 from prismfield.export.ply import ply_bytes, read_ply, write_ply
 from prismfield.export.ply_file import read_header
 from prismfield.export.reading import naming
@@ -99,7 +100,7 @@ FORMATS: dict[str, dict[str, Format]] = {
         "meta.json": replace(_SOG, about="the files of a .sog beside each other", is_folder=True),
         ".glb": Format("glTF with KHR_gaussian_splatting, y up", _plain(write_splat_glb), read_splat_glb),
         ".ksplat": Format("GaussianSplats3D's", read=read_ksplat),
-        ".pfz": Format("our smallest; render-compress writes it", read=read_pfz),
+        ".pfz": Format("our smallest", _plain(write_pfz), read_pfz, floor=32.0),
         ".splat": Format(
             "32 bytes each, the same colour from everywhere",
             _plain(write_splat),

@@ -127,9 +127,7 @@ def test_a_chart_has_its_points_in_place() -> None:
 def test_bad_input_is_refused_in_one_line(small: Path, tmp_path: Path) -> None:
     to = tmp_path / "a.pfz"
     assert "no such run" in refused("export.compress_cli", tmp_path / "nowhere", "--to", to)
-    assert "is too small, the smallest tried" in refused(
-        "export.compress_cli", small, "--to", to, "--target-mb", 0.001
-    )
+    assert "is too small, the smallest tried" in refused("export.compress_cli", small, "--to", to, "--target-mb", 0.001)
     for options, message in (
         ({"to": tmp_path / "a.zip"}, r"unknown suffix '\.zip'; expected \.pfz"),
         ({"target_mb": 1.0, "target_psnr": 30.0}, "expected one of them, got both"),

@@ -28,7 +28,7 @@ from .commands import refused
 from .splat_assets import make_splats
 from .test_ksplat import ksplat
 
-NAMES = ["a.ply", "a.compressed.ply", "a.spz", "v4.spz", "a.sog", "a.glb", "a.ksplat", "a.splat"]
+NAMES = ["a.ply", "a.compressed.ply", "a.spz", "v4.spz", "a.sog", "a.glb", "a.ksplat", "a.splat", "a.pfz"]
 
 
 @pytest.fixture(scope="module")

@@ -106,6 +106,7 @@ def test_what_is_written_comes_back_within_its_quantisation(tmp_path: Path, cell
 
 def test_every_format_is_in_the_tests() -> None:
     tested = {ending(Path(cell.name), FORMATS["gaussians"]) for cell in CELLS}
+    tested.add(".pfz")  # which turns axes about: tests/test_pfz.py
     assert tested == {end for end, form in FORMATS["gaussians"].items() if form.write is not None}
 
 
