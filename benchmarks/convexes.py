@@ -1,6 +1,7 @@
 """Smooth convexes beside Gaussians: the op at equal footprints, trainings at equal time and at equal bytes, and boxes.
 
-    python benchmarks/convexes.py [speed] [scenes] [boxes] [--data FOLDER] [--scenes lego ...] [--runs-folder FOLDER] [--list]
+    python benchmarks/convexes.py [speed] [scenes] [boxes] [--data FOLDER] [--scenes lego ...] [--contenders convexes ...]
+        [--runs-folder FOLDER] [--list]
 
 Each training is the command that a user types. Writes results/convexes.json, and the picture of the boxes to
 docs/images/boxes.jpg. FOLDER holds the captures; by default $PRISMFIELD_SHARED/data.
@@ -162,6 +163,7 @@ def main() -> None:
     parser.add_argument("what", nargs="*", default=["speed", "scenes", "boxes"])
     parser.add_argument("--data", type=Path, default=shared / "data")
     parser.add_argument("--scenes", nargs="*", choices=list(SCENES), default=list(SCENES))
+    parser.add_argument("--contenders", nargs="*", choices=list(CONTENDERS), default=list(CONTENDERS))
     parser.add_argument("--runs-folder", type=Path, help="where the runs are kept; default: a temporary folder")
     parser.add_argument("--list", action="store_true", help="print the results so far")
     options = parser.parse_args()
@@ -173,8 +175,8 @@ def main() -> None:
         if "boxes" in options.what and not options.list:
             table["boxes"] = boxes(runs)
         for scene in options.scenes if "scenes" in options.what and not options.list else []:
-            for name, words in CONTENDERS.items():
-                command = f"{SCENES[scene]} --minutes {MINUTES} {words}"
+            for name in options.contenders:
+                command = f"{SCENES[scene]} --minutes {MINUTES} {CONTENDERS[name]}"
                 run = train(command, options.data.resolve(), runs / f"{scene}_{name.replace(', ', '_')}", 3)
                 kind = "convexes" if name == "convexes" else "gaussians"
                 run["bytes"] = BYTES[kind] * run["primitives"]
