@@ -52,7 +52,7 @@ def write(config: MeshConfig) -> None:
     """
     from prismfield.export.mesh_files import check_suffix, write_mesh
 
-    check_suffix(config.to)
+    check_suffix(config.to, textured=config.surface.texture is not None)
     config.surface.check()
     for path in (config.to, config.picture):
         if path is not None and path.is_dir():
@@ -78,7 +78,8 @@ def write(config: MeshConfig) -> None:
     mesh = surface.mesh
     write_mesh(config.to, mesh)
     console = Console(highlight=False, soft_wrap=True)
-    about = f"{len(mesh):,} faces, {len(mesh.vertices):,} vertices, {config.to.stat().st_size:,} bytes"
+    colors = "" if mesh.texture is None else f"a texture of {mesh.texture.shape[1]}x{mesh.texture.shape[0]}, "
+    about = f"{len(mesh):,} faces, {len(mesh.vertices):,} vertices, {colors}{config.to.stat().st_size:,} bytes"
     console.print(f"{config.to}: {about}", markup=False)
     size = " x ".join(f"{side:.4g}" for side in np.ptp(mesh.vertices, 0))
     sealed = "watertight" if not surface.open_edges else f"not watertight ({surface.open_edges:,} open edges)"

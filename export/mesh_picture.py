@@ -109,13 +109,32 @@ def rasterize_faces(
     front = np.nonzero((local[faces, 2] > near).all(1))[0]
     z = local[:, 2].clip(min=near)
     uv = local[:, :2] / z[:, None] * K[[0, 1], [0, 1]] + K[:2, 2]
-    corners = uv[faces[front]]  # [F, 3, 2]
-    size = np.array([camera.width, camera.height])
-    low = np.ceil(corners.min(1) - 0.5).clip(0, size).astype(np.int64)  # first pixel centre in the box of each
-    high = (np.floor(corners.max(1) - 0.5) + 1).clip(0, size).astype(np.int64)
+    face, shares = rasterize_triangles(uv[faces[front]], z[faces[front]], camera.width, camera.height)
+    return np.where(face >= 0, np.append(front, -1)[face], -1), shares
+
+
+def rasterize_triangles(
+    corners: NDArray[np.float64], depths: NDArray[np.float64], width: int, height: int
+) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """The nearest triangle at the centre of each pixel.
+
+    Args:
+        corners: [F, 3, 2] pixels, from the upper left.
+        depths: [F, 3] of the corners, positive.
+        width: pixels.
+        height: pixels.
+
+    Returns:
+        As `rasterize_faces`.
+    """
+    size = np.array([width, height])
+    low = (
+        np.ceil(corners.min(1, initial=np.inf) - 0.5).clip(0, size).astype(np.int64)
+    )  # first pixel centre in the box of each
+    high = (np.floor(corners.max(1, initial=-np.inf) - 0.5) + 1).clip(0, size).astype(np.int64)
     spans = (high - low).clip(min=0)
     counts = spans[:, 0] * spans[:, 1]
-    depth = np.full(camera.width * camera.height, np.inf)
+    depth = np.full(width * height, np.inf)
     winner = np.full(len(depth), -1, np.int64)
     shares = np.zeros((len(depth), 3))
     order = np.nonzero(counts)[0]
@@ -129,17 +148,16 @@ def rasterize_faces(
         number = np.arange(len(row)) - np.repeat(np.cumsum(counts[some]) - counts[some], counts[some])
         x, y = low[row, 0] + number % spans[row, 0], low[row, 1] + number // spans[row, 0]
         flat = _shares(corners[row], np.stack([x, y], 1) + 0.5)
-        true = flat / z[faces[front[row]]]  # shares over depth are what is linear on the screen
+        true = flat / depths[row]  # shares over depth are what is linear on the screen
         total = true.sum(1)
         inside = (flat >= 0).all(1) & (total > 0)
-        at, far = (y * camera.width + x)[inside], 1 / total[inside]
+        at, far = (y * width + x)[inside], 1 / total[inside]
         np.minimum.at(depth, at, far)
         first = far == depth[at]
-        winner[at[first]] = front[row[inside][first]]
+        winner[at[first]] = row[inside][first]
         shares[at[first]] = (true[inside] / total[inside, None])[first]
         start = stop
-    shape = (camera.height, camera.width)
-    return winner.reshape(shape), shares.reshape(*shape, 3)
+    return winner.reshape(height, width), shares.reshape(height, width, 3)
 
 
 def _shares(corners: NDArray[np.float64], at: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -10,8 +10,11 @@ from numpy.typing import NDArray
 from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
+from torch import Tensor
 
 from prismfield.export.fusion import View
+
+_AT_ONCE = 1 << 20  # positions
 
 Vertices = NDArray[np.float64]
 Faces = NDArray[np.int64]
@@ -95,20 +98,11 @@ def colors_from_views(
     """
     sums, weights = torch.zeros(len(positions), 3), torch.zeros(len(positions))
     xyz, out = torch.from_numpy(positions), torch.from_numpy(normals).float()
-    for camera, depth, rgb in views:
-        viewmat, K = camera.viewmats[0].double(), camera.Ks[0].double()
-        local = xyz @ viewmat[:3, :3].T + viewmat[:3, 3]
-        z = local[:, 2].clamp(min=1e-9)
-        u, v = local[:, 0] / z * K[0, 0] + K[0, 2], local[:, 1] / z * K[1, 1] + K[1, 2]
-        inside = (local[:, 2] > 0) & (u >= 0) & (u < camera.width) & (v >= 0) & (v < camera.height)
-        rows = inside.nonzero()[:, 0]
-        column, row = u[rows].long(), v[rows].long()
-        seen = depth[row, column]
-        towards = torch.nn.functional.normalize(camera.centers[0].double() - xyz[rows], dim=-1).float()
-        weight = (towards * out[rows]).sum(-1).clamp(min=0).square()
-        weight = torch.where((seen > 0) & (local[rows, 2] <= seen + tolerance), weight, 0.0)
-        sums.index_add_(0, rows, weight[:, None] * rgb[row, column].float())
-        weights.index_add_(0, rows, weight)
+    for view in views:
+        for part in torch.arange(len(positions)).split(_AT_ONCE):
+            rows, weight, color = _seen(view, xyz[part], out[part], tolerance)
+            sums.index_add_(0, part[rows], weight[:, None] * color)
+            weights.index_add_(0, part[rows], weight)
     has = (weights > 0).numpy()
     colors = (sums / (255 * weights.clamp(min=1e-12))[:, None]).double().numpy()
     if not has.any():
@@ -116,6 +110,23 @@ def colors_from_views(
     if not has.all():
         colors[~has] = colors[has][cKDTree(positions[has]).query(positions[~has])[1]]
     return colors
+
+
+def _seen(view: View, xyz: Tensor, normals: Tensor, tolerance: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows of `xyz` [P, 3] that lie in a view, their weights and their colours there, 0..255."""
+    camera, depth, rgb = view
+    viewmat, K = camera.viewmats[0].double(), camera.Ks[0].double()
+    local = xyz @ viewmat[:3, :3].T + viewmat[:3, 3]
+    z = local[:, 2].clamp(min=1e-9)
+    u, v = local[:, 0] / z * K[0, 0] + K[0, 2], local[:, 1] / z * K[1, 1] + K[1, 2]
+    inside = (local[:, 2] > 0) & (u >= 0) & (u < camera.width) & (v >= 0) & (v < camera.height)
+    rows = inside.nonzero()[:, 0]
+    column, row = u[rows].long(), v[rows].long()
+    seen = depth[row, column]
+    towards = torch.nn.functional.normalize(camera.centers[0].double() - xyz[rows], dim=-1).float()
+    weight = (towards * normals[rows]).sum(-1).clamp(min=0).square()
+    weight = torch.where((seen > 0) & (local[rows, 2] <= seen + tolerance), weight, 0.0)
+    return rows, weight, rgb[row, column].float()
 
 
 def _crosses(vertices: Vertices, faces: Faces) -> NDArray[np.float64]:

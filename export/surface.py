@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -13,6 +13,7 @@ from prismfield.export.field_bricks import density_bricks, field_colors
 from prismfield.export.fusion import Fusion
 from prismfield.export.mesh_files import MeshAsset
 from prismfield.export.mesh_shape import colors_from_views, decimated, largest_parts, open_edges, vertex_normals
+from prismfield.export.mesh_texture import check_texture, textured
 from prismfield.export.mesh_views import SceneViews
 from prismfield.export.surface_config import SurfaceConfig
 from prismfield.representations.fields import Field
@@ -20,6 +21,7 @@ from prismfield.representations.fields import Field
 if TYPE_CHECKING:
     from prismfield.export.library import Scene
 
+_TEXTURED = 100_000  # faces: unfolding many more takes minutes
 _HALF_OPAQUE = 5e-3  # of the box's diagonal is at the threshold: on fields of the lego the least biased
 
 
@@ -48,6 +50,8 @@ def find_surface(scene: Scene, config: SurfaceConfig) -> Surface:
         ValueError: an option makes no sense, it takes more memory than allowed, or there is no surface.
     """
     config.check()
+    if config.texture is not None:
+        check_texture()
     finder = _Finder(scene, config)
     bricks = finder.density() if finder.by_density else finder.fuse()
     vertices, faces = marching_cubes(bricks)
@@ -55,16 +59,15 @@ def find_surface(scene: Scene, config: SurfaceConfig) -> Surface:
     if not found:
         raise ValueError(f"{scene.path}: there is no surface {finder.where}")
     vertices, faces, left_out = largest_parts(vertices, faces, config.smallest_part)
-    if config.faces is not None:
-        vertices, faces = decimated(vertices, faces, config.faces)
-    normals = vertex_normals(vertices, faces)
-    rgb = finder.colors(vertices, normals)
-    mesh = MeshAsset(
-        vertices / scene.frame.scale + np.array(scene.frame.center),
-        faces,
-        np.concatenate([rgb, np.ones((len(rgb), 1))], 1),
-        up=scene.frame.up,
-    )
+    count = _TEXTURED if config.faces is None and config.texture is not None else config.faces
+    if count is not None:
+        vertices, faces = decimated(vertices, faces, count)
+    mesh = MeshAsset(vertices, faces, np.ones((len(vertices), 4)), up=scene.frame.up)
+    if config.texture is None:
+        mesh.colors[:, :3] = finder.colors(vertices, vertex_normals(vertices, faces))
+    else:
+        mesh = textured(mesh, config.texture, finder.colors)
+    mesh = replace(mesh, vertices=mesh.vertices / scene.frame.scale + np.array(scene.frame.center))
     return Surface(mesh, finder.about, finder.voxel / scene.frame.scale, found, left_out, open_edges(faces))
 
 

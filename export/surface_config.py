@@ -35,6 +35,8 @@ class SurfaceConfig:
     """Parts with less than this share of the largest one's area are left out."""
     faces: int | None = None
     """Decimate to about so many; default as many as there are."""
+    texture: int | None = None
+    """Colours in a texture of so many texels squared, .glb only, instead of at the vertices; --faces is then 100000 unless given."""
     memory_mb: int = 4096
     """Most for the samples."""
 
@@ -46,6 +48,7 @@ class SurfaceConfig:
             "least_views": (1, 10000),
         }
         limits |= {"views": (1, 1_000_000), "smallest_part": (0, 1), "faces": (4, 1 << 30), "memory_mb": (1, 1 << 20)}
+        limits |= {"texture": (64, 16384)}
         for name, (low, high) in limits.items():
             value = getattr(self, name)
             if value is not None and not low <= value <= high:

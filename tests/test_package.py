@@ -24,7 +24,12 @@ SCRIPTS: dict[str, str] = PROJECT["project"]["scripts"]
 LAYERS = ("cli", "render", "encodings", "representations", "datasets", "train", "export", "viewer")
 """Each imports only itself and those before it. `cli`, in src, is what every command shares."""
 
-IMPORT_NAMES = {"imageio-ffmpeg": "imageio_ffmpeg", "opencv-python-headless": "cv2", "pillow": "PIL"}
+IMPORT_NAMES = {
+    "fast-simplification": "fast_simplification",
+    "imageio-ffmpeg": "imageio_ffmpeg",
+    "opencv-python-headless": "cv2",
+    "pillow": "PIL",
+}
 
 
 def run_python(code: str, python: str | Path = sys.executable, **env: str) -> str:

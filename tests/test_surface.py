@@ -290,6 +290,27 @@ def test_a_cut_shows_the_inner_side() -> None:
     assert red[0] > 2 * red[1] > 0 and np.ptp(draw(mesh, view.camera, lit=True)[36, 48]) == 0
 
 
+def test_a_texture_has_the_colours_of_the_places_on_the_surface() -> None:
+    pytest.importorskip("xatlas", reason="xatlas is not installed: pip install -e '.[meshes]'")
+    from prismfield.export.mesh_texture import textured
+
+    ball = trimesh.creation.icosphere(2, radius=1000)
+    colors = np.ones((len(ball.vertices), 4))
+    mesh = MeshAsset(ball.vertices + 5000, np.asarray(ball.faces), colors)
+    found = textured(mesh, 256, lambda at, normals: 0.5 + 0.25 * (at - 5000) / 1000 + 0.25 * normals)
+    assert found.uvs is not None and found.texture is not None and max(found.texture.shape) == 256
+    np.testing.assert_allclose(found.vertices[found.faces].mean(1), mesh.vertices[mesh.faces].mean(1), atol=1e-6)
+    assert found.uvs.min() >= 0 and found.uvs.max() <= 1
+    height, width = found.texture.shape[:2]
+    corners = found.uvs[found.faces]
+    for share in ((1 / 3, 1 / 3, 1 / 3), (0.9, 0.05, 0.05), (0.02, 0.49, 0.49)):  # near corners and edges of charts, too
+        u, v = (np.array(share)[:, None] * corners).sum(1).T
+        texel = found.texture[((1 - v) * height).astype(int), (u * width).astype(int)] / 255
+        at = (np.array(share)[:, None] * found.vertices[found.faces]).sum(1) - 5000
+        expected = 0.5 + 0.5 * at / np.linalg.norm(at, axis=1, keepdims=True)
+        assert np.abs(texel - expected).max() < 0.06 and np.abs(texel - expected).mean() < 0.015
+
+
 def test_normals_and_areas() -> None:
     vertices, faces = np.array([[0.0, 0, 0], [2, 0, 0], [0, 3, 0]]), np.array([[0, 1, 2]])
     np.testing.assert_array_equal(vertex_normals(vertices, faces), np.tile([0.0, 0, 1], (3, 1)))
