@@ -112,8 +112,9 @@ def write_checked(
         assert form.write is not None
         try:
             words = form.write(target, asset, options)
-        except (ValueError, OSError) as error:
-            raise type(error)(str(error).replace(str(target), str(path))) from error
+        except (ValueError, OSError) as error:  # of a name that the user never gave
+            kind = ValueError if isinstance(error, ValueError) else OSError
+            raise kind(str(error).replace(str(target), str(path))) from error
         about = words or f"{len(asset):,} {asset.noun} of degree {min(asset.sh_degree, form.max_degree)}"
         written = Written(about, size_of(target), None, None, 0)
         if is_verified and form.read is not None:

@@ -84,7 +84,7 @@ _SOG = Format(
     "PlayCanvas's, a picture for each property",
     lambda path, asset, options: write_sog(path, asset, options.sog_palette),
     read_sog,
-    floor=32.0,
+    floor=30.0,
     options=("sog_palette",),
 )
 
@@ -94,7 +94,7 @@ FORMATS: dict[str, dict[str, Format]] = {
         ".compressed.ply": Format(
             "PlayCanvas's packed .ply", _plain(write_compressed_ply), read_compressed_ply, floor=35.0
         ),
-        ".spz": Format("Niantic's", _as_spz, read_spz, floor=32.0, options=("spz_version", "spz_sh_bits")),
+        ".spz": Format("Niantic's", _as_spz, read_spz, floor=30.0, options=("spz_version", "spz_sh_bits")),
         ".sog": _SOG,
         "_sog": replace(_SOG, about="the files of a .sog in a folder NAME_sog", is_folder=True),
         "meta.json": replace(_SOG, about="the files of a .sog beside each other", is_folder=True),

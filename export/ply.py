@@ -33,6 +33,7 @@ _LAYOUT = ("x", "y", "z", "f_dc_0", "f_dc_1", "f_dc_2", "opacity")
 _SCALES = ("scale_0", "scale_1", "scale_2")
 _QUATS = ("rot_0", "rot_1", "rot_2", "rot_3")
 _ELEMENT, _WHAT = "vertex", "Gaussians"
+_VALUES = "own values"  # with a space, which no property has in its name
 # Only what float32 rounds in a logarithm, a logit or a unit quaternion may differ.
 _TOLERANCES = {"means": 0, "quats": 1e-6, "scales": 1e-5, "opacities": 1e-6, "sh": 0, "up": 1e-6, "antialiased": 0}
 
@@ -78,7 +79,7 @@ def _property_names(terms: int) -> list[str]:
 
 
 def _dtype(asset: SplatAsset) -> np.dtype:
-    own = [("values", "<f4", len(_property_names(asset.sh.shape[1])))]
+    own = [(_VALUES, "<f4", len(_property_names(asset.sh.shape[1])))]
     return np.dtype([*own, *((name, column.dtype.newbyteorder("<")) for name, column in asset.extra.items())])
 
 
@@ -98,7 +99,7 @@ def _write(path: Path, asset: SplatAsset) -> None:
             parts: list[NDArray] = [means, np.zeros_like(means), harmonic_columns(asset.sh[rows])]
             parts += [logits[rows, None], log_scales[rows], asset.quats[rows]]
             table = np.empty(len(means), _dtype(asset))
-            table["values"] = np.concatenate(parts, 1)
+            table[_VALUES] = np.concatenate(parts, 1)
             for name, column in asset.extra.items():
                 table[name] = column[rows]
             file.write(table.tobytes())

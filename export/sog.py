@@ -78,6 +78,7 @@ def write_sog(path: Path, asset: SplatAsset, palette_size: int | None = None) ->
     reach = 1 + np.abs(held.means).max(0).astype(np.float64)
     sh_off = float(np.abs(plan.sh - held.sh[:, 1:]).max(initial=0))
     dc_off = float(np.abs(plan.color_book[nearest(dc, plan.color_book)] - dc).max())
+    is_zip = path.suffix.lower() == ".sog"
     tolerances = {
         "means": float((0.51 * steps * reach + 1e-6 * reach).max()),
         "quats": smallest_three.rounding(2 * smallest_three.LARGEST / 255),
@@ -87,7 +88,7 @@ def write_sog(path: Path, asset: SplatAsset, palette_size: int | None = None) ->
         "up": 1e-6,
         "antialiased": 0.0,
     }
-    write_verified(path, held, lambda target, _: _write(target, plan), read_sog, tolerances)
+    write_verified(path, held, lambda target, _: _write(target, plan, is_zip), read_sog, tolerances)
 
 
 def read_sog(path: Path) -> SplatAsset:
@@ -135,7 +136,7 @@ def _picture(values: NDArray) -> NDArray[np.uint8]:
     return pixels.reshape(height, width, 4)
 
 
-def _write(path: Path, plan: _Plan) -> None:
+def _write(path: Path, plan: _Plan, is_zip: bool) -> None:
     asset = plan.asset
     logs = _log(asset.means)
     low, high = logs.min(0), logs.max(0)
@@ -173,7 +174,7 @@ def _write(path: Path, plan: _Plan) -> None:
         pictures["shN_labels.webp"] = _picture(np.stack([plan.labels & 255, plan.labels >> 8, 0 * plan.labels], 1))
         book, names = plan.sh_book.tolist(), ["shN_centroids.webp", "shN_labels.webp"]
         meta["shN"] = {"count": size, "bands": asset.sh_degree, "codebook": book, "files": names}
-    write_files(path, pictures, meta)
+    write_files(path, pictures, meta, is_zip=is_zip)
 
 
 @dataclass(frozen=True)

@@ -135,10 +135,10 @@ def webp(pixels: NDArray[np.uint8]) -> bytes:
     return out.getvalue()
 
 
-def write_files(path: Path, pictures: dict[str, NDArray[np.uint8]], meta: dict[str, Any]) -> None:
-    """Write pictures [H, W, 4] and meta.json, as a zip if `path` ends with .sog or .part of one, else as a folder."""
+def write_files(path: Path, pictures: dict[str, NDArray[np.uint8]], meta: dict[str, Any], *, is_zip: bool) -> None:
+    """Write pictures [H, W, 4] and meta.json, as a zip or as a folder."""
     text = json.dumps(meta, separators=(",", ":")).encode()
-    if ".sog" not in path.name.lower():
+    if not is_zip:
         path.mkdir()
         for name, pixels in pictures.items():
             (path / name).write_bytes(webp(pixels))

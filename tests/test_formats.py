@@ -125,7 +125,7 @@ def test_a_compressed_ply_is_known_by_its_header(tmp_path: Path) -> None:
 
 def test_a_ply_passes_on_what_it_does_not_know(tmp_path: Path) -> None:
     rng = np.random.default_rng(1)
-    extra = {"label": rng.integers(0, 9, 50).astype(np.uint8), "time": rng.normal(size=50), "mask": np.ones(50, "f4")}
+    extra = {"values": rng.integers(0, 9, 50).astype(np.uint8), "time": rng.normal(size=50), "mask": np.ones(50, "f4")}
     asset = replace(make_splats(50, degree=1), extra=extra)
     source = Source(tmp_path, asset, scene_of(asset, tmp_path))
     write_checked(source, tmp_path / "a.ply", WriteOptions(), is_verified=False)
