@@ -66,7 +66,7 @@ def test_a_real_asset_at_a_size(shared_data: Path, tmp_path: Path) -> None:
 def test_a_likeness(small: Path, tmp_path: Path) -> None:
     found = [compress(CompressConfig(small, tmp_path / "a.pfz", target_psnr=target)) for target in (33.0, 38.0)]
     for numbers, target in zip(found, (33, 38), strict=True):
-        assert target <= numbers["psnr"] < target + 0.7
+        assert target <= numbers["psnr"] < target + 1.5
     assert found[0]["bytes"] < 0.8 * found[1]["bytes"]
     measured = Likeness(load(small)).compare(read_pfz(tmp_path / "a.pfz"))
     assert measured[0] == pytest.approx(found[1]["psnr"], abs=1e-6)
@@ -127,7 +127,9 @@ def test_a_chart_has_its_points_in_place() -> None:
 def test_bad_input_is_refused_in_one_line(small: Path, tmp_path: Path) -> None:
     to = tmp_path / "a.pfz"
     assert "no such run" in refused("export.compress_cli", tmp_path / "nowhere", "--to", to)
-    assert "is too small, the smallest tried" in refused("export.compress_cli", small, "--to", to, "--target-mb", 0.001)
+    assert "is too small, the smallest tried" in refused(
+        "export.compress_cli", small, "--to", to, "--target-mb", 0.0003
+    )
     for options, message in (
         ({"to": tmp_path / "a.zip"}, r"unknown suffix '\.zip'; expected \.pfz"),
         ({"target_mb": 1.0, "target_psnr": 30.0}, "expected one of them, got both"),
