@@ -303,7 +303,11 @@ def test_a_texture_has_the_colours_of_the_places_on_the_surface() -> None:
     assert found.uvs.min() >= 0 and found.uvs.max() <= 1
     height, width = found.texture.shape[:2]
     corners = found.uvs[found.faces]
-    for share in ((1 / 3, 1 / 3, 1 / 3), (0.9, 0.05, 0.05), (0.02, 0.49, 0.49)):  # near corners and edges of charts, too
+    for share in (
+        (1 / 3, 1 / 3, 1 / 3),
+        (0.9, 0.05, 0.05),
+        (0.02, 0.49, 0.49),
+    ):  # near corners and edges of charts, too
         u, v = (np.array(share)[:, None] * corners).sum(1).T
         texel = found.texture[((1 - v) * height).astype(int), (u * width).astype(int)] / 255
         at = (np.array(share)[:, None] * found.vertices[found.faces]).sum(1) - 5000
