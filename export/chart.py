@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 _WIDTH, _HEIGHT = 900, 560
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 20, 44, 56
@@ -24,7 +23,7 @@ class Curve:
     """(x, y); x more than 0."""
 
 
-def draw_chart(curves: list[Curve], x_name: str, y_name: str, title: str) -> Tensor:
+def draw_chart(curves: list[Curve], x_name: str, y_name: str, title: str) -> NDArray[np.float32]:
     """[H, W, 3] in 0..1; the horizontal axis is logarithmic.
 
     Args:
@@ -65,7 +64,7 @@ def draw_chart(curves: list[Curve], x_name: str, y_name: str, title: str) -> Ten
         draw.text(
             (_WIDTH - _RIGHT - 8, _HEIGHT - _BOTTOM - 20 * (len(curves) - i)), curve.name, color, font, anchor="ra"
         )
-    return torch.from_numpy(np.asarray(page).astype(np.float32) / 255)
+    return np.asarray(page, np.float32) / np.float32(255)
 
 
 def _span(values: np.ndarray) -> tuple[float, float]:

@@ -137,6 +137,8 @@ def _find(config: CompressConfig, compressor: Compressor, console: Console) -> R
 
 
 def _sweep(path: Path, compressor: Compressor, original: SplatAsset, console: Console) -> None:
+    import torch
+
     from prismfield.export.chart import Curve, draw_chart
     from prismfield.export.compress import ratio
     from prismfield.train.evaluate import write_image
@@ -148,7 +150,8 @@ def _sweep(path: Path, compressor: Compressor, original: SplatAsset, console: Co
         words = f"{size / 1e6:8.3f} MB  {ratio(original, size):5.1f} times smaller  {result.psnr:6.2f} dB"
         console.print(f"{result.pruned:4.0%} pruned  {words}", markup=False)
     curves = [Curve("all Gaussians" if share == 0 else f"{share:.0%} pruned", each) for share, each in points.items()]
-    write_image(path, draw_chart(curves, "MB", "dB PSNR to the original", compressor.likeness.scene.name))
+    chart = draw_chart(curves, "MB", "dB PSNR to the original", compressor.likeness.scene.name)
+    write_image(path, torch.from_numpy(chart))
     console.print(f"{path}: likeness over size", markup=False)
 
 

@@ -207,7 +207,7 @@ def build_kernels(folder: Path, compiler: str, nanobind: ModuleType) -> None:
     """Binning and compositing with the page's C++ among the primitives, as a module of their own in `folder`."""
     shutil.copytree(ROOT / "render" / "csrc", folder, dirs_exist_ok=True)
     (folder / "disc.h").write_text(blocks(PAGE, "cpp", "primitive").lstrip("\n"))
-    table, last = (folder / "primitives.h").read_text(), "  else throw"
+    table, last = (folder / "primitives.h").read_text(), "  else\n    throw"
     assert table.count(last) == 1 and table.count('#include "gaussian.h"\n') == 1
     table = table.replace(last, blocks(PAGE, "cpp", "row").lstrip("\n") + last)
     table = table.replace('#include "gaussian.h"\n', '#include "disc.h"\n#include "gaussian.h"\n')

@@ -311,7 +311,7 @@ def test_what_goes_on_from_a_checkpoint_is_the_run_in_one(kind: str, trained: Pa
         assert tensors["scene.encoding.shares"].unique().numel() > 2  # the session has shown it the cameras
     if kind == "hollow":
         assert first["scene.encoding.dual"].abs().max() > 0 and not first["scene.encoding.cut"]
-        assert int(tensors["scene.encoding.steps"]) == 28
+        assert int(tensors["scene.encoding.steps"]) == 30
         kept = tensors["scene.encoding.kept"]
         assert tensors["scene.encoding.cut"] and 0 < int(kept.sum()) < len(kept)
 
