@@ -66,7 +66,7 @@ def test_a_real_asset_at_a_size(shared_data: Path, tmp_path: Path) -> None:
 def test_a_likeness(small: Path, tmp_path: Path) -> None:
     found = [compress(CompressConfig(small, tmp_path / "a.pfz", target_psnr=target)) for target in (33.0, 38.0)]
     for numbers, target in zip(found, (33, 38), strict=True):
-        assert target <= numbers["psnr"] < target + 3  # of so few Gaussians it goes up and down
+        assert target <= numbers["psnr"] < target + 2.5  # few Gaussians: likeness goes in jumps
     assert found[0]["bytes"] < 0.8 * found[1]["bytes"]
     measured = Likeness(load(small)).compare(read_pfz(tmp_path / "a.pfz"))
     assert measured[0] == pytest.approx(found[1]["psnr"], abs=1e-6)
