@@ -152,6 +152,20 @@ def test_a_sphere_comes_back_from_depths(noise: float) -> None:
     assert np.abs(colors - expected).max() < 0.1 and np.abs(colors - expected).mean() < 0.01
 
 
+def test_distances_are_along_the_rays() -> None:
+    """A wall across a wide view: off the axis, a ray is longer than its z."""
+    K = torch.tensor([[[20.0, 0, 20], [0, 20, 20], [0, 0, 1]]])
+    view = View(Cameras(torch.eye(4)[None], K, 40, 40), torch.full((40, 40), 2.0), torch.zeros(40, 40, 3).byte())
+    fusion = Fusion(np.array([[-1.5, -1.5, 1.0], [1.5, 1.5, 2.5]]), 0.1, 0.8)
+    fusion.allocate([view], 1 << 30)
+    bricks = fusion.fuse([view])
+    xyz = bricks.origin + bricks.voxel * sample_places(bricks.places)
+    expected = (2 / xyz[..., 2] - 1) * np.linalg.norm(xyz, axis=-1)
+    seen = np.isfinite(bricks.values) & (np.abs(expected) < 0.7) & (np.abs(xyz[..., :2]).max(-1) < 0.9 * xyz[..., 2])
+    assert seen.sum() > 1000
+    np.testing.assert_allclose(0.8 * bricks.values[seen], expected[seen], atol=1e-5)
+
+
 def test_points_are_where_the_camera_sees_them() -> None:
     (view,) = sphere_views(1)
     assert np.abs(np.linalg.norm(points(view).numpy() - CENTER, axis=1) - RADIUS).max() < 1e-5
