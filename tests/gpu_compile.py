@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 _FIRST = ("cuda", 90, 32)
-_OTHERS = [("cuda", 80, 32), ("hip", "gfx942", 64)]
+OTHERS = [("cuda", 80, 32), ("hip", "gfx942", 64)]
 _TYPES = {
     torch.float32: "*fp32", torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8", torch.bool: "*i1",
     torch.int16: "*i16", torch.float64: "*fp64",
@@ -106,7 +106,7 @@ def compile_all(specs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
             if row["registers"] > largest.get(spec["kernel"], (-1, spec))[0]:
                 largest[spec["kernel"]] = row["registers"], spec
         chosen = [spec for _, spec in largest.values()]
-        yield from pool.map(compile_for, *zip(*itertools.product(chosen, _OTHERS), strict=True))
+        yield from pool.map(compile_for, *zip(*itertools.product(chosen, OTHERS), strict=True))
 
 
 def _cuda_usage(cubin: bytes) -> tuple[int, int]:

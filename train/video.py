@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import re
-import signal
 import subprocess
 from collections.abc import Iterable
 from pathlib import Path
@@ -72,15 +71,6 @@ def write_video(path: Path, frames: Iterable[NDArray[np.uint8]], size: tuple[int
             process.wait()
         process.stderr.close()
         part.unlink(missing_ok=True)
-
-
-def end_on_terminate() -> None:
-    """Let SIGTERM end the process as Ctrl-C does, so that what was begun is removed."""
-
-    def stop(_number: int, _frame: object) -> None:
-        raise KeyboardInterrupt
-
-    signal.signal(signal.SIGTERM, stop)
 
 
 def _ffmpeg() -> str:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from prismfield.train.camera_path import Flight
+    from prismfield.train.loop import Interrupt
 
 _PLY_SIZE, _PLY_FOV = (960, 540), 50.0  # pixels, vertical degrees: where there are no photographs to go by
 _SECONDS, _FPS = 8.0, 30.0
@@ -70,22 +71,25 @@ def film(config: VideoConfig) -> None:
         OSError: the video cannot be written.
     """
     _check(config)
-    from prismfield.train.video import check_video, end_on_terminate, even_size, write_video
+    from prismfield.train.video import check_video, even_size, write_video
 
     check_video(config.out)
     from rich.console import Console
 
     from prismfield.export.library import load
     from prismfield.train.cli import show_log, use_threads
+    from prismfield.train.loop import Interrupt
 
     show_log()
     use_threads(config.threads)
-    end_on_terminate()
     scene = load(config.scene, step=config.step)
     flight, size = plan(scene, config)
     size = even_size(*size)
     count = len(flight.camtoworlds)
-    write_video(config.out, _frames(scene, flight, size), size, config.fps, config.quality)
+    interrupt = Interrupt()
+    with interrupt.listen():
+        frames = _until(interrupt, _frames(scene, flight, size))
+        write_video(config.out, frames, size, config.fps, config.quality)
     console = Console(highlight=False, soft_wrap=True)
     about = f"{size[0]}x{size[1]}, {count} frames, {count / config.fps:.1f} s, {config.out.stat().st_size:,} bytes"
     console.print(f"{config.out}: {about}", markup=False)
@@ -165,6 +169,14 @@ def _size(shape: tuple[int, int], width: int | None, height: int | None) -> tupl
         assert width is not None
         return width, round(width * shape[1] / shape[0])
     return (round(height * shape[0] / shape[1]) if width is None else width), height
+
+
+def _until(interrupt: Interrupt, frames: Iterator[NDArray[np.uint8]]) -> Iterator[NDArray[np.uint8]]:
+    """The frames, until Ctrl-C or SIGTERM. Asked between frames: an exception in the midst of an import may be swallowed there."""
+    for frame in frames:
+        if interrupt.asked:
+            raise KeyboardInterrupt
+        yield frame
 
 
 def _frames(scene: Any, flight: Flight, size: tuple[int, int]) -> Iterator[NDArray[np.uint8]]:
