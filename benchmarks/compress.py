@@ -39,18 +39,18 @@ CASES = {
 def measure(words: str, folder: Path) -> dict[str, Any]:
     """Run one command; its numbers."""
     arguments = [*words.split(), "--to", str(folder / "a.pfz"), "--json", str(folder / "a.json")]
-    subprocess.run([sys.executable, "-m", "prismfield.export.compress_cli", *arguments], check=True)
+    subprocess.run([sys.executable, "-m", "prismfield.export.compression.cli", *arguments], check=True)
     return json.loads((folder / "a.json").read_text())
 
 
 def million(path: Path) -> dict[str, Any]:
     """A million Gaussians, copies of an asset side by side: the times of encoding and decoding."""
     from prismfield.export.assets import SplatAsset
-    from prismfield.export.compress import ratio
-    from prismfield.export.pfz import decode_pfz
-    from prismfield.export.pfz_write import PfzSteps, encode_pfz
+    from prismfield.export.compression.compress import ratio
+    from prismfield.export.compression.pfz import decode_pfz
+    from prismfield.export.compression.pfz_write import PfzSteps, encode_pfz
+    from prismfield.export.compression.sort_grid import sort_grid
     from prismfield.export.ply import read_ply
-    from prismfield.export.sort_grid import sort_grid
     from prismfield.train.cli import use_threads
     from prismfield.train.report import peak_memory
 

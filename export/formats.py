@@ -12,11 +12,11 @@ from torch import Tensor
 from prismfield.datasets.base import SceneFrame
 from prismfield.export.assets import Asset, ConvexAsset, SplatAsset
 from prismfield.export.compressed_ply import MARK, read_compressed_ply, write_compressed_ply
+from prismfield.export.compression.pfz import read_pfz
+from prismfield.export.compression.pfz_write import write_pfz
 from prismfield.export.convex_ply import ELEMENT, convex_ply_bytes, read_convex_ply, write_convex_ply
 from prismfield.export.ksplat import read_ksplat
-from prismfield.export.mesh import write_glb, write_obj
-from prismfield.export.pfz import read_pfz
-from prismfield.export.pfz_write import write_pfz
+from prismfield.export.meshes.hulls import write_glb, write_obj
 from prismfield.export.ply import ply_bytes, read_ply, write_ply
 from prismfield.export.ply_file import read_header
 from prismfield.export.reading import naming

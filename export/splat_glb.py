@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from prismfield.export.assets import SplatAsset
 from prismfield.export.gltf import Glb, read_glb_file
-from prismfield.export.mesh_files import y_up
+from prismfield.export.meshes.files import y_up
 from prismfield.export.reading import check_ratio, naming, numbers
 from prismfield.export.rows import pieces
 from prismfield.export.verify import write_verified

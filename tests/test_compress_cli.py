@@ -10,14 +10,14 @@ import cv2
 import numpy as np
 import pytest
 
-from prismfield.export import compress as module
 from prismfield.export.assets import SplatAsset
-from prismfield.export.chart import Curve, draw_chart
-from prismfield.export.compress import Likeness, contributions, drawable, pruned_rows, taken
-from prismfield.export.compress_cli import CompressConfig, compress
+from prismfield.export.compression import compress as module
+from prismfield.export.compression.chart import Curve, draw_chart
+from prismfield.export.compression.cli import CompressConfig, compress
+from prismfield.export.compression.compress import Likeness, contributions, drawable, pruned_rows, taken
+from prismfield.export.compression.pfz import read_pfz
+from prismfield.export.compression.pfz_write import importance_of
 from prismfield.export.library import load
-from prismfield.export.pfz import read_pfz
-from prismfield.export.pfz_write import importance_of
 from prismfield.export.ply import ply_bytes, write_ply
 
 from .commands import command, refused
@@ -35,7 +35,7 @@ def small(tiny_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run(tiny_run: Path, tmp_path: Path) -> None:
     path = tmp_path / "new" / "scene.pfz"
-    done = command("export.compress_cli", tiny_run, "--to", path)
+    done = command("export.compression.cli", tiny_run, "--to", path)
     assert done.returncode == 0, done.stderr
     assert [p.name for p in path.parent.iterdir()] == ["scene.pfz"]
     size, asset = path.stat().st_size, load(tiny_run).asset()
@@ -55,7 +55,7 @@ def test_a_run(tiny_run: Path, tmp_path: Path) -> None:
 def test_a_real_asset_at_a_size(shared_data: Path, tmp_path: Path) -> None:
     flowers = shared_data / "splats" / "flowers_lod3_inria.ply"
     words = (flowers, "--to", tmp_path / "a.pfz", "--target-mb", 0.2, "--json", tmp_path / "a.json")
-    done = command("export.compress_cli", *words)
+    done = command("export.compression.cli", *words)
     assert done.returncode == 0, done.stderr
     numbers = json.loads((tmp_path / "a.json").read_text())
     assert 190_000 < numbers["bytes"] == (tmp_path / "a.pfz").stat().st_size <= 200_000
@@ -126,9 +126,9 @@ def test_a_chart_has_its_points_in_place() -> None:
 
 def test_bad_input_is_refused_in_one_line(small: Path, tmp_path: Path) -> None:
     to = tmp_path / "a.pfz"
-    assert "no such run" in refused("export.compress_cli", tmp_path / "nowhere", "--to", to)
+    assert "no such run" in refused("export.compression.cli", tmp_path / "nowhere", "--to", to)
     assert "is too small, the smallest tried" in refused(
-        "export.compress_cli", small, "--to", to, "--target-mb", 0.0003
+        "export.compression.cli", small, "--to", to, "--target-mb", 0.0003
     )
     for options, message in (
         ({"to": tmp_path / "a.zip"}, r"unknown suffix '\.zip'; expected \.pfz"),
@@ -143,7 +143,7 @@ def test_bad_input_is_refused_in_one_line(small: Path, tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             compress(CompressConfig(**({"scene": small, "to": to} | options)))  # type: ignore[arg-type]
     (tmp_path / "cut.pfz").write_bytes(b"PFZ1")
-    assert "cut short" in refused("export.compress_cli", tmp_path / "cut.pfz", "--to", to)
+    assert "cut short" in refused("export.compression.cli", tmp_path / "cut.pfz", "--to", to)
     assert not to.exists()
 
 

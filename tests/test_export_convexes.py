@@ -22,8 +22,8 @@ from prismfield.export.assets import ConvexAsset
 from prismfield.export.cli import ExportConfig, export
 from prismfield.export.convex_ply import convex_ply_bytes, read_convex_ply, write_convex_ply
 from prismfield.export.formats import read_asset
-from prismfield.export.mesh import write_glb, write_obj
-from prismfield.export.mesh_files import y_up
+from prismfield.export.meshes.files import y_up
+from prismfield.export.meshes.hulls import write_glb, write_obj
 from prismfield.export.verify import write_verified
 from prismfield.render.cameras import Cameras
 from prismfield.render.ops.sh import C0

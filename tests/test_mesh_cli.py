@@ -13,13 +13,13 @@ import trimesh
 
 import prismfield as pf
 from prismfield.export.assets import SplatAsset
-from prismfield.export.fusion import points
-from prismfield.export.mesh_cli import MeshConfig, write
-from prismfield.export.mesh_files import y_up
-from prismfield.export.mesh_views import SceneViews
+from prismfield.export.meshes.cli import MeshConfig, write
+from prismfield.export.meshes.config import SurfaceConfig
+from prismfield.export.meshes.files import y_up
+from prismfield.export.meshes.fusion import points
+from prismfield.export.meshes.surface import find_surface
+from prismfield.export.meshes.views import SceneViews
 from prismfield.export.ply import write_ply
-from prismfield.export.surface import find_surface
-from prismfield.export.surface_config import SurfaceConfig
 
 from .commands import command, refused
 
@@ -39,7 +39,7 @@ def field_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_run_becomes_a_mesh_where_its_cameras_see_it(tiny_run: Path, tmp_path: Path) -> None:
     path, picture = tmp_path / "new" / "a.glb", tmp_path / "a.png"
     words = ["--resolution", 48, "--views", 12, "--faces", 3000, "--picture", picture, "--view", 2]
-    done = command("export.mesh_cli", tiny_run, "--to", path, *words)
+    done = command("export.meshes.cli", tiny_run, "--to", path, *words)
     assert done.returncode == 0, done.stderr
     assert [p.name for p in path.parent.iterdir()] == ["a.glb"]
     mesh = trimesh.load(path, process=False).to_mesh()
@@ -111,8 +111,8 @@ def test_a_field_becomes_a_sealed_mesh(field_run: Path, tmp_path: Path, capsys: 
 
 
 def test_bad_input_is_refused_in_one_line(tiny_run: Path, tmp_path: Path) -> None:
-    assert "no such run" in refused("export.mesh_cli", tmp_path / "nowhere", "--to", tmp_path / "a.glb")
-    line = refused("export.mesh_cli", tiny_run, "--to", tmp_path / "a.fbx")
+    assert "no such run" in refused("export.meshes.cli", tmp_path / "nowhere", "--to", tmp_path / "a.glb")
+    line = refused("export.meshes.cli", tiny_run, "--to", tmp_path / "a.fbx")
     assert line.endswith("unknown suffix '.fbx' for a mesh; expected one of .glb, .ply, .obj, .stl")
     (tmp_path / "dir.glb").mkdir()
     with pytest.raises(IsADirectoryError, match="is a folder"):

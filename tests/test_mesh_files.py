@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import trimesh
 
-from prismfield.export import mesh_files
-from prismfield.export.glb import to_display, to_linear
-from prismfield.export.mesh_files import MeshAsset, write_mesh, y_up
+from prismfield.export.meshes import files as mesh_files
+from prismfield.export.meshes.files import MeshAsset, write_mesh, y_up
+from prismfield.export.meshes.glb import to_display, to_linear
 
 UP = (0.0, 0.6, 0.8)
 

@@ -12,10 +12,10 @@ import pytest
 from numpy.typing import NDArray
 
 from prismfield.export.assets import SplatAsset
-from prismfield.export.pfz import CHUNK, FIXED, MAX_CHUNK, decode_pfz, read_pfz, read_tables
-from prismfield.export.pfz_coder import Encoder, plane_of
-from prismfield.export.pfz_models import Decoder
-from prismfield.export.pfz_write import PfzSteps, canonical, chunks_of, encode_pfz, importance_of, write_pfz
+from prismfield.export.compression.pfz import CHUNK, FIXED, MAX_CHUNK, decode_pfz, read_pfz, read_tables
+from prismfield.export.compression.pfz_coder import Encoder, plane_of
+from prismfield.export.compression.pfz_models import Decoder
+from prismfield.export.compression.pfz_write import PfzSteps, canonical, chunks_of, encode_pfz, importance_of, write_pfz
 from prismfield.export.ply import read_ply
 from prismfield.render import kernels as kernels_module
 from prismfield.render.kernels import LEVELS, load_kernels

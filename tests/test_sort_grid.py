@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from prismfield.export import sort_grid as module
-from prismfield.export.curves import deinterleave, hilbert_cells, interleave, morton_codes
-from prismfield.export.sort_grid import grid_blur, grid_blur_reference, neighbor_distance, sort_grid
+from prismfield.export.compression import sort_grid as module
+from prismfield.export.compression.curves import deinterleave, hilbert_cells, interleave, morton_codes
+from prismfield.export.compression.sort_grid import grid_blur, grid_blur_reference, neighbor_distance, sort_grid
 from prismfield.render import kernels as kernels_module
 from prismfield.render.kernels import LEVELS, load_kernels
 

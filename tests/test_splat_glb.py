@@ -15,7 +15,7 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from prismfield.export.formats import read_asset
-from prismfield.export.mesh_files import y_up
+from prismfield.export.meshes.files import y_up
 from prismfield.export.splat_glb import read_splat_glb, write_splat_glb
 from prismfield.render.ops.sh import sh_basis
 

@@ -11,12 +11,12 @@ import trimesh
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prismfield.export.bricks import SIDE, Bricks, grown, marching_cubes, sample_places, unique_places
-from prismfield.export.field_bricks import density_bricks, field_colors
-from prismfield.export.fusion import Fusion, View, points
-from prismfield.export.mesh_files import MeshAsset
-from prismfield.export.mesh_picture import cut_open, draw, rasterize_faces
-from prismfield.export.mesh_shape import (
+from prismfield.export.meshes.bricks import SIDE, Bricks, grown, marching_cubes, sample_places, unique_places
+from prismfield.export.meshes.field_bricks import density_bricks, field_colors
+from prismfield.export.meshes.files import MeshAsset
+from prismfield.export.meshes.fusion import Fusion, View, points
+from prismfield.export.meshes.picture import cut_open, draw, rasterize_faces
+from prismfield.export.meshes.shape import (
     areas,
     colors_from_views,
     compact,
@@ -306,7 +306,7 @@ def test_a_cut_shows_the_inner_side() -> None:
 
 def test_a_texture_has_the_colours_of_the_places_on_the_surface() -> None:
     pytest.importorskip("xatlas", reason="xatlas is not installed: pip install -e '.[meshes]'")
-    from prismfield.export.mesh_texture import textured
+    from prismfield.export.meshes.texture import textured
 
     ball = trimesh.creation.icosphere(2, radius=1000)
     colors = np.ones((len(ball.vertices), 4))

@@ -1,4 +1,4 @@
-// Planes of .pfz read fast (export/pfz_models.py has the specification, which gives the same integers).
+// Planes of .pfz read fast (export/compression/pfz_models.py has the specification, which gives the same integers).
 #include <algorithm>
 #include <cstring>
 #include <vector>

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prismfield.export.curves import hilbert_cells, morton_codes
+from prismfield.export.compression.curves import hilbert_cells, morton_codes
 from prismfield.render import kernels
 
 _LANES = 16  # floats of the widest vectors that kernels have: rows are padded to a multiple of it

@@ -8,14 +8,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from prismfield.export.bricks import Bricks, marching_cubes
-from prismfield.export.field_bricks import density_bricks, field_colors
-from prismfield.export.fusion import Fusion
-from prismfield.export.mesh_files import MeshAsset
-from prismfield.export.mesh_shape import colors_from_views, decimated, largest_parts, open_edges, vertex_normals
-from prismfield.export.mesh_texture import check_texture, textured
-from prismfield.export.mesh_views import SceneViews
-from prismfield.export.surface_config import SurfaceConfig
+from prismfield.export.meshes.bricks import Bricks, marching_cubes
+from prismfield.export.meshes.config import SurfaceConfig
+from prismfield.export.meshes.field_bricks import density_bricks, field_colors
+from prismfield.export.meshes.files import MeshAsset
+from prismfield.export.meshes.fusion import Fusion
+from prismfield.export.meshes.shape import colors_from_views, decimated, largest_parts, open_edges, vertex_normals
+from prismfield.export.meshes.texture import check_texture, textured
+from prismfield.export.meshes.views import SceneViews
 from prismfield.representations.fields import Field
 
 if TYPE_CHECKING:

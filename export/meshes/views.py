@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prismfield.export.fusion import View, points
+from prismfield.export.meshes.fusion import View, points
 from prismfield.render.cameras import Cameras
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from prismfield.export.assets import SplatAsset
-    from prismfield.export.compress import Compressor, Likeness, Result
+    from prismfield.export.compression.compress import Compressor, Likeness, Result
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,9 @@ def compress(config: CompressConfig) -> dict[str, Any]:
     from rich.console import Console
 
     from prismfield.export.assets import SplatAsset
-    from prismfield.export.compress import Compressor, Likeness, contributions, cut_harmonics, drawable
+    from prismfield.export.compression.compress import Compressor, Likeness, contributions, cut_harmonics, drawable
+    from prismfield.export.compression.pfz_write import PfzSteps, write_encoded
     from prismfield.export.library import load
-    from prismfield.export.pfz_write import PfzSteps, write_encoded
     from prismfield.train.cli import use_threads
     from prismfield.train.folder import write_text
 
@@ -139,8 +139,8 @@ def _find(config: CompressConfig, compressor: Compressor, console: Console) -> R
 def _sweep(path: Path, compressor: Compressor, original: SplatAsset, console: Console) -> None:
     import torch
 
-    from prismfield.export.chart import Curve, draw_chart
-    from prismfield.export.compress import ratio
+    from prismfield.export.compression.chart import Curve, draw_chart
+    from prismfield.export.compression.compress import ratio
     from prismfield.train.evaluate import write_image
 
     points: dict[float, list[tuple[float, float]]] = {}
@@ -156,7 +156,7 @@ def _sweep(path: Path, compressor: Compressor, original: SplatAsset, console: Co
 
 
 def _numbers(found: Result, original: SplatAsset, likeness: Likeness) -> dict[str, Any]:
-    from prismfield.export.compress import ratio
+    from prismfield.export.compression.compress import ratio
     from prismfield.export.ply import ply_bytes
     from prismfield.train.report import peak_memory
 

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prismfield.export.bricks import MOST, SIDE, Bricks, grown, sample_places, unique_places
+from prismfield.export.meshes.bricks import MOST, SIDE, Bricks, grown, sample_places, unique_places
 from prismfield.render.cameras import Cameras
 
 _AT_ONCE = 1 << 20  # samples

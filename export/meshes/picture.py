@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 
 from prismfield.export import library
 from prismfield.export.library import Scene
-from prismfield.export.mesh_files import MeshAsset
-from prismfield.export.mesh_views import rings_round
+from prismfield.export.meshes.files import MeshAsset
+from prismfield.export.meshes.views import rings_round
 from prismfield.render.cameras import Cameras
 
 _AT_ONCE = 1 << 21  # pixels

@@ -9,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.ndimage import distance_transform_edt
 
-from prismfield.export.mesh_files import MeshAsset
-from prismfield.export.mesh_picture import rasterize_triangles
-from prismfield.export.mesh_shape import vertex_normals
+from prismfield.export.meshes.files import MeshAsset
+from prismfield.export.meshes.picture import rasterize_triangles
+from prismfield.export.meshes.shape import vertex_normals
 
 _PADDING = 3  # texels between charts: more than bilinear filtering reaches
 

@@ -6,7 +6,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from prismfield.export.bricks import SIDE, Bricks, grown, sample_places
+from prismfield.export.meshes.bricks import SIDE, Bricks, grown, sample_places
 from prismfield.representations.fields import Field
 
 _AT_ONCE = 1 << 18  # samples

@@ -9,7 +9,7 @@ from typing import Annotated, NoReturn
 from tyro.conf import OmitArgPrefixes, Positional, arg
 
 from prismfield.cli import run_cli
-from prismfield.export.surface_config import SurfaceConfig
+from prismfield.export.meshes.config import SurfaceConfig
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ def write(config: MeshConfig) -> None:
         ValueError: an option makes no sense, or there is no surface.
         OSError: the file could not be written, or came back different.
     """
-    from prismfield.export.mesh_files import check_suffix, write_mesh
+    from prismfield.export.meshes.files import check_suffix, write_mesh
 
     check_suffix(config.to, textured=config.surface.texture is not None)
     config.surface.check()
@@ -64,7 +64,7 @@ def write(config: MeshConfig) -> None:
     from rich.console import Console
 
     from prismfield.export.library import load
-    from prismfield.export.surface import find_surface
+    from prismfield.export.meshes.surface import find_surface
     from prismfield.train.cli import show_log, use_threads
     from prismfield.train.contact_sheet import check_picture
 
@@ -88,7 +88,7 @@ def write(config: MeshConfig) -> None:
     seconds = f"; {time.monotonic() - began:.1f} s"
     console.print(f"{surface.method}, {surface.found:,} faces found{parts}{seconds}; read back: the same")
     if config.picture is not None:
-        from prismfield.export.mesh_picture import four_pictures
+        from prismfield.export.meshes.picture import four_pictures
         from prismfield.train.evaluate import write_image
 
         write_image(config.picture, torch.from_numpy(four_pictures(scene, mesh, config.view)))

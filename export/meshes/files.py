@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prismfield.export.assets import EXPECTED_UP, Up
-from prismfield.export.glb import glb_bytes, to_display
+from prismfield.export.meshes.glb import glb_bytes, to_display
 from prismfield.export.verify import write_verified
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.spatial import ConvexHull, QhullError
 
 from prismfield.export.assets import ConvexAsset
-from prismfield.export.mesh_files import MeshAsset, write_mesh
+from prismfield.export.meshes.files import MeshAsset, write_mesh
 from prismfield.render.ops.sh import C0
 
 

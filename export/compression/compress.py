@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 
 from prismfield.datasets.views import Views
 from prismfield.export.assets import SplatAsset
+from prismfield.export.compression.pfz import decode_pfz
+from prismfield.export.compression.pfz_write import PfzSteps, encode_pfz, importance_of
 from prismfield.export.library import Scene, content_frame, render, scene_of
-from prismfield.export.pfz import decode_pfz
-from prismfield.export.pfz_write import PfzSteps, encode_pfz, importance_of
 from prismfield.export.ply import ply_bytes
 from prismfield.render.cameras import Cameras
 from prismfield.render.ops.constants import ALPHA_MIN

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from prismfield.export.pfz_models import STATE_MIN, TOTAL_BITS, Counts, Plane, blocks, lay_out
+from prismfield.export.compression.pfz_models import STATE_MIN, TOTAL_BITS, Counts, Plane, blocks, lay_out
 
 
 def plane_of(values: NDArray[np.int64], classes: int = 1, low: int | None = None) -> Plane:

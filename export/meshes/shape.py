@@ -12,7 +12,7 @@ from scipy.sparse.csgraph import connected_components
 from scipy.spatial import cKDTree
 from torch import Tensor
 
-from prismfield.export.fusion import View
+from prismfield.export.meshes.fusion import View
 
 _AT_ONCE = 1 << 20  # positions
 

@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prismfield.export.assets import SplatAsset
-from prismfield.export.curves import interleave
-from prismfield.export.pfz import (
+from prismfield.export.compression.curves import interleave
+from prismfield.export.compression.pfz import (
     ANTIALIASED,
     CHUNK,
     COLOR,
@@ -32,8 +32,8 @@ from prismfield.export.pfz import (
     energy_class,
     read_pfz,
 )
-from prismfield.export.pfz_coder import Encoder, plane_of
-from prismfield.export.pfz_models import Plane
+from prismfield.export.compression.pfz_coder import Encoder, plane_of
+from prismfield.export.compression.pfz_models import Plane
 from prismfield.export.verify import write_verified
 
 Ints = NDArray[np.int64]
