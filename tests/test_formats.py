@@ -30,8 +30,6 @@ from .splat_assets import (
     make_splats,
     matched,
     rms,
-    splat_transform,
-    without_up,
     write_spz_by_hand,
 )
 
@@ -295,12 +293,3 @@ def test_guitar_in_every_format_is_the_same(shared_data: Path) -> None:
     assert np.median(np.abs(spz.log_scales - ply.log_scales)) < 0.5 / 16
     assert np.percentile(np.abs(spz.sh - ply.sh), 99) < 0.51 / 255 / 0.15
     assert load(shared_data / "splats" / "guitar_v3.spz").num_primitives == 90_854
-
-
-@pytest.mark.parametrize("name", ["a.spz", "b.spz", "a.compressed.ply", "a.ply", "a.sog", "meta.json"])
-def test_splat_transform_reads_what_is_written(tmp_path: Path, name: str) -> None:
-    asset = make_splats()
-    options = WriteOptions(spz_version=4) if name == "b.spz" else WriteOptions()
-    write_checked(Source(tmp_path, asset, scene_of(asset, tmp_path)), tmp_path / name, options, is_verified=False)
-    splat_transform(tmp_path / name, tmp_path / "seen.ply")
-    assert_same_look(read_ply(tmp_path / "seen.ply"), without_up(read_asset(tmp_path / name)))  # type: ignore[arg-type]

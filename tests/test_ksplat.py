@@ -13,7 +13,8 @@ from prismfield.export.ksplat import read_ksplat
 from prismfield.export.ply import read_ply
 from prismfield.render.ops.sh import C0
 
-from .splat_assets import assert_same_look, make_splats, rms, splat_transform
+from .other_programs import splat_transform
+from .splat_assets import assert_same_look, make_splats, rms
 
 TERMS = (0, 3, 8, 15)
 

@@ -19,7 +19,8 @@ from prismfield.export.meshes.files import y_up
 from prismfield.export.splat_glb import read_splat_glb, write_splat_glb
 from prismfield.render.ops.sh import sh_basis
 
-from .splat_assets import assert_same_look, covariances, make_splats, splat_transform
+from .other_programs import splat_transform
+from .splat_assets import assert_same_look, covariances, make_splats
 
 NAME = "KHR_gaussian_splatting"
 
