@@ -55,6 +55,7 @@ KINDS = [
     Kind(".spz 3", "c.spz", WriteOptions(), ("--spz-version", "3")),
     Kind(".spz 4", "d.spz", WriteOptions(spz_version=4), ("--spz-version", "4")),
     Kind(".splat", "a.splat", WriteOptions(), None),
+    Kind(".pfz", "a.pfz", WriteOptions(), None),
 ]
 
 

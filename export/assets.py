@@ -179,7 +179,7 @@ class SplatAsset(_Asset):
         lengths = np.linalg.norm(quats, axis=1, keepdims=True)
         quats = np.where(lengths > 0, quats / np.where(lengths > 0, lengths, 1), np.array([1.0, 0, 0, 0]))
         with np.errstate(over="ignore"):  # as above
-            values = [np.asarray(x).astype(np.float32) for x in (means, quats, scales, opacities, sh)]
+            values = [np.asarray(x).astype(np.float32, copy=False) for x in (means, quats, scales, opacities, sh)]
         means, quats, scales, opacities, sh = values
         return cls(means, quats, scales, opacities, sh, up=up, antialiased=antialiased)
 
@@ -374,7 +374,7 @@ Asset = SplatAsset | ConvexAsset
 
 
 def _largest(a: NDArray, b: NDArray) -> float:
-    return float(np.abs(a - b).max(initial=0.0))
+    return max((float(np.abs(a[rows] - b[rows]).max(initial=0.0)) for rows in pieces(len(a))), default=0.0)
 
 
 def _to_torch(arrays: dict[str, NDArray]) -> dict[str, Tensor]:

@@ -94,12 +94,9 @@ def write_compressed_ply(path: Path, asset: SplatAsset) -> None:
     if len(asset):
         asset = asset.take(morton_order(asset.means))
     half = _SH_WIDTH / 2
-    held = replace(
-        asset,
-        scales=asset.scales.clip(np.exp(-_LOG_SCALE), np.exp(_LOG_SCALE)).astype(np.float32),
-        sh=np.concatenate([asset.sh[:, :1], asset.sh[:, 1:].clip(-half, half)], 1),
-        extra={},
-    )
+    scales = asset.scales.clip(np.exp(-_LOG_SCALE), np.exp(_LOG_SCALE)).astype(np.float32)
+    held = replace(asset, scales=scales, extra={})
+    held.sh[:, 1:].clip(-half, half, out=held.sh[:, 1:])  # in place: `take` has copied them
     positions, scales, colors = _ranges(held) if len(held) else (_Ranges(np.zeros((0, 3)), np.zeros((0, 3))),) * 3
     reach = float(np.abs(held.means).max(initial=0))
     tolerances = {
@@ -204,9 +201,10 @@ def _to_asset(file: BinaryIO, header: Header, terms: int) -> SplatAsset:
     sh[:, 0] = (colors.unpack(color >> 8, _COLOR_BITS) - 0.5) / C0
     if terms:
         rest = read_rows(file, header, "sh")
-        values = columns(rest, *(f"f_rest_{i}" for i in range(3 * terms)))
-        shares = np.where(values == 0, 0, np.where(values == 255, 1, (values + 0.5) / 256))
-        sh[:, 1:] = ((shares - 0.5) * _SH_WIDTH).reshape(len(vertex), 3, terms).transpose(0, 2, 1)
+        for rows in pieces(len(vertex)):
+            values = columns(rest[rows], *(f"f_rest_{i}" for i in range(3 * terms)))
+            shares = np.where(values == 0, 0, np.where(values == 255, 1, (values + 0.5) / 256))
+            sh[rows, 1:] = ((shares - 0.5) * _SH_WIDTH).reshape(-1, 3, terms).transpose(0, 2, 1)
     return SplatAsset.from_activated(
         _Ranges(ranges[0], ranges[1]).unpack(vertex[MARK], _POSITION_BITS),
         smallest_three.join(rotation >> 30, (three / 1023 - 0.5) * np.sqrt(2)),

@@ -125,13 +125,9 @@ def _to_asset(table: NDArray, header: Header) -> SplatAsset:
         *_QUATS,
         *(name for name in table.dtype.names or () if "f_rest_" in name),
     }
-    asset = SplatAsset.from_stored(
-        columns(table, "x", "y", "z"),
-        columns(table, *_QUATS),
-        columns(table, *_SCALES),
-        table["opacity"],
-        harmonics(table),
-        up=parse_up(header.notes.get("up", "")),
-        antialiased=header.notes.get("antialiased") == "1",
-    )
-    return replace(asset, extra={name: table[name].copy() for name in table.dtype.names or () if name not in own})
+    values = [columns(table, *names) for names in (("x", "y", "z"), _QUATS, _SCALES)]
+    values += [table["opacity"].copy(), harmonics(table)]
+    extra = {name: table[name].copy() for name in table.dtype.names or () if name not in own}
+    del table  # as large as the asset
+    up, antialiased = parse_up(header.notes.get("up", "")), header.notes.get("antialiased") == "1"
+    return replace(SplatAsset.from_stored(*values, up=up, antialiased=antialiased), extra=extra)

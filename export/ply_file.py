@@ -15,6 +15,8 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from prismfield.export.rows import pieces
+
 _TYPES = (
     {
         "char": "i1",
@@ -180,11 +182,13 @@ def columns(table: NDArray, *names: str) -> NDArray:
 
 def harmonics(table: NDArray) -> NDArray:
     """[N, T, 3] from f_dc and f_rest."""
-    rest = sum(name.startswith("f_rest_") for name in table.dtype.names or ())
-    sh = columns(table, *_DC)[:, None]
-    if rest:
-        higher = columns(table, *(f"f_rest_{i}" for i in range(rest)))
-        sh = np.concatenate([sh, higher.reshape(len(table), 3, rest // 3).transpose(0, 2, 1)], 1)
+    higher = sum(name.startswith("f_rest_") for name in table.dtype.names or ()) // 3
+    sh = np.empty((len(table), 1 + higher, 3), table.dtype[_DC[0]])
+    for rows in pieces(len(table)):
+        sh[rows, 0] = columns(table[rows], *_DC)
+        for channel in range(3 if higher else 0):
+            names = (f"f_rest_{higher * channel + term}" for term in range(higher))
+            sh[rows, 1:, channel] = columns(table[rows], *names)
     return sh
 
 

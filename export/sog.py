@@ -17,7 +17,7 @@ from prismfield.export import smallest_three
 from prismfield.export.assets import SplatAsset, Up
 from prismfield.export.clusters import codebook, nearest, palette
 from prismfield.export.reading import naming, numbers
-from prismfield.export.rows import morton_order
+from prismfield.export.rows import morton_order, pieces
 from prismfield.export.sog_files import META, Files, open_files, read_meta, read_pixels, write_files
 from prismfield.export.verify import write_verified
 
@@ -41,10 +41,12 @@ class _Plan:
     labels: NDArray[np.int64]
     """[N] rows of `entries`."""
 
-    @property
-    def sh(self) -> NDArray:
-        """[N, terms, 3] as it will come back, without degree 0."""
-        return self.sh_book[self.entries][self.labels]
+    def sh_off(self) -> float:
+        """How far harmonics above degree 0 will be off when they come back, at most."""
+        table, sh = self.sh_book[self.entries], self.asset.sh
+        return max(
+            float(np.abs(table[self.labels[rows]] - sh[rows, 1:]).max(initial=0)) for rows in pieces(len(self.labels))
+        )
 
 
 def default_palette(count: int) -> int:
@@ -76,7 +78,6 @@ def write_sog(path: Path, asset: SplatAsset, palette_size: int | None = None) ->
     scales, dc = held.log_scales, held.sh[:, 0]
     steps = np.ptp(_log(held.means), 0) / 65535
     reach = 1 + np.abs(held.means).max(0).astype(np.float64)
-    sh_off = float(np.abs(plan.sh - held.sh[:, 1:]).max(initial=0))
     dc_off = float(np.abs(plan.color_book[nearest(dc, plan.color_book)] - dc).max())
     is_zip = path.suffix.lower() == ".sog"
     tolerances = {
@@ -84,7 +85,7 @@ def write_sog(path: Path, asset: SplatAsset, palette_size: int | None = None) ->
         "quats": smallest_three.rounding(2 * smallest_three.LARGEST / 255),
         "scales": float(np.abs(plan.scale_book[nearest(scales, plan.scale_book)] - scales).max()) + 1e-4,
         "opacities": 0.51 / 255,
-        "sh": max(sh_off, dc_off) + 1e-5,
+        "sh": max(plan.sh_off(), dc_off) + 1e-5,
         "up": 1e-6,
         "antialiased": 0.0,
     }
@@ -201,15 +202,19 @@ class _Reader:
                 colors, opacities = values[:, :3], 1 / (1 + np.exp(-values[:, 3]))
         else:
             colors, opacities = self._book("sh0")[sh0[:, :3]], sh0[:, 3] / 255
-        rest = self._harmonics(count, is_first)
+        table, labels = self._harmonics(count, is_first)
+        sh = np.empty((count, 1 + table.shape[1], 3), np.float32)
         with np.errstate(over="ignore"):
             scales = np.exp(self._log_scales(count, is_first))
+            sh[:, 0] = colors
+            for some in pieces(count):
+                sh[some, 1:] = table[labels[some]]
         return SplatAsset.from_activated(
             self._means(count),
             self._quats(count),
             scales,
             opacities,
-            np.concatenate([colors[:, None], rest], 1),
+            sh,
             up=self._up(),
             antialiased=self.meta.get("antialias") is True,
         )
@@ -255,10 +260,10 @@ class _Reader:
         low, high = self._ends("scales", 3)
         return low + (high - low) * (pixels / 255)
 
-    def _harmonics(self, count: int, is_first: bool) -> NDArray:
-        """[N, terms, 3] above degree 0."""
+    def _harmonics(self, count: int, is_first: bool) -> tuple[NDArray, NDArray[np.int64]]:
+        """The palette [P, terms, 3] of what is above degree 0, and the row of it that each Gaussian has."""
         if self.meta.get("shN") is None:
-            return np.zeros((count, 0, 3))
+            return np.zeros((1, 0, 3)), np.zeros(count, np.int64)
         part = self._part("shN")
         labels = self._pixels("shN", 1, count).astype(np.int64)
         rows = labels[:, 0] + 256 * labels[:, 1]
@@ -276,9 +281,9 @@ class _Reader:
         terms = sheet.shape[1] // _A_ROW
         table = sheet[..., :3].reshape(-1, terms, 3)
         if not is_first:
-            return self._book("shN")[table][rows]
+            return self._book("shN")[table], rows
         low, high = (numbers([part.get(end)], 1, f"{META}: {end} of 'shN'")[0] for end in ("mins", "maxs"))
-        return (low + (high - low) * (table / 255))[rows]
+        return low + (high - low) * (table / 255), rows
 
     def _sheet(self, part: dict[str, Any], size: int, bands: int | None) -> NDArray[np.uint8]:
         names = part.get("files")

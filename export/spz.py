@@ -94,13 +94,10 @@ def write_spz(path: Path, asset: SplatAsset, version: Literal[3, 4] = 3, sh_bits
     if len(asset):
         asset = asset.take(morton_order(asset.means))
     bits = _fractional_bits(asset)
-    held = replace(
-        asset,
-        sh=np.concatenate([asset.sh[:, :1].clip(-0.5 / _COLOR, 0.5 / _COLOR), asset.sh[:, 1:].clip(-1, 1)], 1),
-        scales=asset.scales.clip(np.exp(-10), np.exp(255 / 16 - 10)).astype(np.float32),
-        up=None,
-        extra={},
-    )
+    scales = asset.scales.clip(np.exp(-10), np.exp(255 / 16 - 10)).astype(np.float32)
+    held = replace(asset, scales=scales, up=None, extra={})
+    for band, most in ((held.sh[:, :1], 0.5 / _COLOR), (held.sh[:, 1:], 1)):  # in place: `take` has copied them
+        band.clip(-most, most, out=band)
     steps = [2.0 ** (8 - b) for b in (sh_bits[0] if asset.sh_degree else 8, sh_bits[1] if asset.sh_degree > 1 else 8)]
     tolerances = {
         "means": 0.5 * 2.0**-bits + 1e-6 * float(np.abs(held.means).max(initial=0)),
@@ -301,7 +298,8 @@ def _harmonics(colors: NDArray[np.uint8], rest: NDArray[np.uint8], degree: int) 
     kept = _TERMS[min(degree, 3)]
     sh = np.empty((len(colors), 1 + kept, 3), np.float32)
     sh[:, 0] = (colors / 255 - 0.5) / _COLOR
-    sh[:, 1:] = (rest.reshape(len(colors), -1, 3)[:, :kept].astype(np.float32) - 128) / 128
+    for rows in pieces(len(colors)):
+        sh[rows, 1:] = (rest[rows].reshape(len(sh[rows]), -1, 3)[:, :kept].astype(np.float32) - 128) / 128
     return sh
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+import tracemalloc
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from prismfield.export.convert import Source, write_checked
 from prismfield.export.formats import FORMATS, WriteOptions, ending, read_asset
 from prismfield.export.library import load, scene_of
 from prismfield.export.ply import read_ply
+from prismfield.export.rows import ROWS_AT_ONCE
 from prismfield.export.smallest_three import LARGEST
 from prismfield.export.sog import read_sog
 from prismfield.export.sog_files import webp
@@ -293,3 +295,20 @@ def test_guitar_in_every_format_is_the_same(shared_data: Path) -> None:
     assert np.median(np.abs(spz.log_scales - ply.log_scales)) < 0.5 / 16
     assert np.percentile(np.abs(spz.sh - ply.sh), 99) < 0.51 / 255 / 0.15
     assert load(shared_data / "splats" / "guitar_v3.spz").num_primitives == 90_854
+
+
+@pytest.mark.parametrize("name", ["a.ply", "a.compressed.ply", "a.spz", "a.sog", "a.glb", "a.splat"])
+def test_writing_takes_a_few_times_the_memory_of_the_splats(tmp_path: Path, name: str) -> None:
+    """Reading back for comparison included."""
+    asset = make_splats(3 * ROWS_AT_ONCE)  # what is done in pieces is small beside it
+    size = sum(values.nbytes for values in (asset.means, asset.quats, asset.scales, asset.opacities, asset.sh))
+    form = FORMATS["gaussians"][name[1:]]
+    assert form.write is not None
+    options = WriteOptions(sog_palette=256) if name == "a.sog" else WriteOptions()
+    tracemalloc.start()
+    try:
+        form.write(tmp_path / name, asset, options)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert peak < 4.5 * size
