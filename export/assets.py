@@ -65,6 +65,21 @@ class _Asset:
         made: Any = self  # a dataclass, as every subclass is
         return replace(made, sh=np.concatenate([stored["sh0"], stored["shN"]], 1))
 
+    def _turned_sh(self, rotation: NDArray) -> Array:
+        """[N, T, 3] the harmonics in axes turned by `rotation` [3, 3]."""
+        sh = np.empty_like(self.sh)
+        for degree, matrix in enumerate(harmonic_rotations(rotation)[: self.sh_degree + 1]):
+            band = slice(degree**2, (degree + 1) ** 2)
+            for rows in pieces(len(self)):
+                sh[rows, band] = matrix @ self.sh[rows, band]
+        return sh
+
+    def _turned_up(self, rotation: NDArray) -> Up | None:
+        if self.up is None:
+            return None
+        x, y, z = (float(value) for value in rotation @ np.array(self.up))
+        return x, y, z
+
     def _check(self, count: int, shapes: dict[str, tuple[int, ...]]) -> None:
         """Raise a ValueError if `shapes`, opacities or harmonics do not fit `count` rows, or something is not finite."""
         terms = self.sh.shape[1] if self.sh.ndim == 3 else 0
@@ -234,29 +249,19 @@ class SplatAsset(_Asset):
         Raises:
             ValueError: that is no rotation, or the scale is not positive.
         """
-        rotation = np.asarray(rotation, np.float64)
-        if rotation.shape != (3, 3) or not np.allclose(rotation @ rotation.T, np.eye(3), atol=1e-5):
-            raise ValueError("rotation: expected an orthogonal matrix [3, 3]")
-        if np.linalg.det(rotation) < 0 or not (np.isfinite(scale) and scale > 0):
-            raise ValueError(f"expected no mirroring and a positive scale, got a scale of {scale}")
+        rotation = _checked_motion(rotation, scale)
         from scipy.spatial.transform import Rotation
 
         x, y, z, w = Rotation.from_matrix(rotation).as_quat()
         product = np.array([[w, -x, -y, -z], [x, w, -z, y], [y, z, w, -x], [z, -y, x, w]])  # Hamilton's, from the left
-        sh = self.sh.copy()
-        for degree, matrix in enumerate(harmonic_rotations(rotation)[: self.sh_degree + 1]):
-            band = slice(degree**2, (degree + 1) ** 2)
-            for rows in pieces(len(self)):
-                sh[rows, band] = matrix @ self.sh[rows, band]
         means = scale * (self.means.astype(np.float64) @ rotation.T) + np.asarray(translation, np.float64)
-        up = None if self.up is None else rotation @ np.array(self.up)
         return replace(
             self,
             means=means.astype(np.float32),
             quats=(self.quats.astype(np.float64) @ product.T).astype(np.float32),
             scales=(self.scales * np.float64(scale)).astype(np.float32),
-            sh=sh,
-            up=None if up is None else (float(up[0]), float(up[1]), float(up[2])),
+            sh=self._turned_sh(rotation),
+            up=self._turned_up(rotation),
         )
 
     def config(self) -> GaussiansConfig:
@@ -355,6 +360,18 @@ class ConvexAsset(_Asset):
             | self._appearance(sh_degree)
         )
 
+    def moved(self, rotation: NDArray, translation: Sequence[float] = (0.0, 0.0, 0.0), scale: float = 1.0) -> Self:
+        """In another frame, as `SplatAsset.moved`."""
+        rotation = _checked_motion(rotation, scale)
+        points = scale * (self.points.astype(np.float64) @ rotation.T) + np.asarray(translation, np.float64)
+        return replace(
+            self,
+            points=points.astype(self.points.dtype),
+            deltas=(self.deltas / scale).astype(np.float32),
+            sh=self._turned_sh(rotation),
+            up=self._turned_up(rotation),
+        )
+
     def config(self) -> ConvexesConfig:
         """With which a representation draws them as they are."""
         from prismfield.representations.config import ConvexesConfig
@@ -371,6 +388,15 @@ class ConvexAsset(_Asset):
 
 Asset = SplatAsset | ConvexAsset
 """What a file of primitives holds."""
+
+
+def _checked_motion(rotation: NDArray, scale: float) -> NDArray[np.float64]:
+    rotation = np.asarray(rotation, np.float64)
+    if rotation.shape != (3, 3) or not np.allclose(rotation @ rotation.T, np.eye(3), atol=1e-5):
+        raise ValueError("rotation: expected an orthogonal matrix [3, 3]")
+    if np.linalg.det(rotation) < 0 or not (np.isfinite(scale) and scale > 0):
+        raise ValueError(f"expected no mirroring and a positive scale, got a scale of {scale}")
+    return rotation
 
 
 def _largest(a: NDArray, b: NDArray) -> float:

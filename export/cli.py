@@ -23,6 +23,8 @@ class OutputOptions:
     """Bits of an .spz for harmonics of degree 1 and for higher ones, 1 to 8; default 5 4."""
     sog_palette: int | None = None
     """How many sets of harmonics the Gaussians of a .sog share, 65,536 at most; default about one for two to four."""
+    turn: tuple[float, float, float] | None = None
+    """Turn the scene first by so many degrees about x, then y, then z, harmonics too: `180 0 0` rights what stands on its head."""
     verify: bool = True
     """Render what was written and what is read back, print the PSNR, and keep the file only if it is above the format's floor."""
 
@@ -69,7 +71,7 @@ def write(scene: Path, to: Path, options: OutputOptions, step: int | None, threa
     """What `render-export` and `render-convert` do; `option` is what stands before the file on the command line."""
     from rich.console import Console
 
-    from prismfield.export.convert import format_for, open_source, write_checked
+    from prismfield.export.convert import format_for, open_source, turned, write_checked
     from prismfield.export.formats import WriteOptions
     from prismfield.export.report import describe
     from prismfield.train.cli import show_log, use_threads
@@ -77,6 +79,8 @@ def write(scene: Path, to: Path, options: OutputOptions, step: int | None, threa
     show_log()
     use_threads(threads)
     source = open_source(scene, step=step)
+    if options.turn is not None:
+        source = turned(source, options.turn)
     told = WriteOptions(options.spz_version, options.spz_sh_bits, options.sog_palette)
     try:
         form = format_for(to, source.asset, told)

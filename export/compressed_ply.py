@@ -94,8 +94,8 @@ def write_compressed_ply(path: Path, asset: SplatAsset) -> None:
     if len(asset):
         asset = asset.take(morton_order(asset.means))
     half = _SH_WIDTH / 2
-    scales = asset.scales.clip(np.exp(-_LOG_SCALE), np.exp(_LOG_SCALE)).astype(np.float32)
-    held = replace(asset, scales=scales, extra={})
+    bound = np.float32(np.exp(_LOG_SCALE))
+    held = replace(asset, scales=asset.scales.clip(1 / bound, bound), extra={})
     held.sh[:, 1:].clip(-half, half, out=held.sh[:, 1:])  # in place: `take` has copied them
     positions, scales, colors = _ranges(held) if len(held) else (_Ranges(np.zeros((0, 3)), np.zeros((0, 3))),) * 3
     reach = float(np.abs(held.means).max(initial=0))

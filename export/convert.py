@@ -62,6 +62,20 @@ def open_source(path: Path, *, step: int | None = None) -> Source:
     return Source(path, scene.asset(), scene)
 
 
+def turned(source: Source, degrees: tuple[float, float, float]) -> Source:
+    """The same, turned by so many degrees about x, then y, then z.
+
+    Raises:
+        ValueError: they are not finite.
+    """
+    if not all(math.isfinite(angle) for angle in degrees):
+        raise ValueError(f"--turn: expected degrees, got {degrees}")
+    from scipy.spatial.transform import Rotation
+
+    asset = source.asset.moved(Rotation.from_euler("xyz", degrees, degrees=True).as_matrix())
+    return Source(source.path, asset, scene_of(asset, source.path))
+
+
 def format_for(path: Path, asset: Asset, options: WriteOptions) -> Format:
     """That with which to write `asset` to `path`.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from prismfield.export.assets import SplatAsset
@@ -45,6 +46,22 @@ def test_one_format_after_another(scene: Path, name: str, capsys: pytest.Capture
     said = capsys.readouterr().out
     assert ("read back and rendered" in said) == (name != "b.glb")
     assert ("to what the format can hold of the scene" in said) == (name == "b.splat")
+
+
+def test_what_stands_on_its_head_is_turned(scene: Path) -> None:
+    words = (scene, scene.with_name("b.ply"), "--turn", 180, 0, 0)
+    done = command("export.convert_cli", *words)
+    assert done.returncode == 0, done.stderr
+    again, asset = read_asset(scene.with_name("b.ply")), read_asset(scene)
+    np.testing.assert_allclose(again.means, asset.means * [1, -1, -1], atol=1e-6)
+    assert isinstance(again, SplatAsset) and isinstance(asset, SplatAsset)
+    signs = np.ones((16, 1))
+    signs[
+        [1, 2, 4, 7, 9, 11, 12, 14]
+    ] = -1  # odd in y and z together: y, z, xy, xz, y (3x^2 - y^2), y^3, z^3, z (x^2 - y^2)
+    np.testing.assert_allclose(again.sh, asset.sh * signs, atol=1e-6)
+    with pytest.raises(ValueError, match="--turn: expected degrees"):
+        write(scene, scene.with_name("c.ply"), OutputOptions(turn=(0, float("nan"), 0)), None, 1)
 
 
 def test_what_is_refused(scene: Path) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ import torch
 from scipy.spatial.transform import Rotation
 
 from prismfield.datasets.base import SceneFrame
+from prismfield.export.assets import Asset
 from prismfield.export.convert import ring_cameras
 from prismfield.export.library import render, scene_of
 from prismfield.export.turn import harmonic_rotations
@@ -18,6 +21,7 @@ from prismfield.render.ops.sh import sh_basis
 from prismfield.train.metrics import psnr
 
 from .splat_assets import covariances, make_splats
+from .test_export_convexes import make_asset as make_convexes
 
 ROTATIONS = [
     np.eye(3),
@@ -55,15 +59,23 @@ def test_one_turn_after_another_is_their_product() -> None:
         np.testing.assert_allclose(second @ first, both, atol=1e-12)
 
 
+def test_covariances_turn() -> None:
+    asset, rotation = make_splats(300), ROTATIONS[-1]
+    moved = asset.moved(rotation, (1, 2, 3), 2.5)
+    expected = 2.5**2 * rotation @ covariances(asset) @ rotation.T
+    np.testing.assert_allclose(covariances(moved), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [lambda: make_splats(300), lambda: make_convexes(60)], ids=["splats", "convexes"])
 @pytest.mark.parametrize("rotation", ROTATIONS[1:])
-def test_splats_and_cameras_moved_together_give_the_same_picture(rotation: np.ndarray) -> None:
-    asset = replace(make_splats(300), up=(0.0, -1.0, 0.0))
+def test_primitives_and_cameras_moved_together_give_the_same_picture(
+    rotation: np.ndarray, make: Callable[[], Asset]
+) -> None:
+    asset: Any = make()
+    asset = replace(asset, up=(0.0, -1.0, 0.0))
     asset.sh[:, 1:] *= 3
     shift, scale = np.array([4.0, -2.0, 7.0]), 2.5
     moved = asset.moved(rotation, shift, scale)
-    np.testing.assert_allclose(
-        covariances(moved), scale**2 * rotation @ covariances(asset) @ rotation.T, rtol=1e-4, atol=1e-5
-    )
     assert moved.up == pytest.approx(tuple(-rotation[:, 1]))
     cameras = ring_cameras(asset, 2)
     pictures = [render(scene_of(asset, __file__), camera).rgb for camera in cameras]  # type: ignore[arg-type]
