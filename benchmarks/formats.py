@@ -66,7 +66,7 @@ def pictures(scene: Scene, cameras: list[Cameras]) -> torch.Tensor:
     return torch.cat(drawn)
 
 
-def measure_scene(path: Path, program: list[str] | None, folder: Path) -> dict[str, Any]:
+def measure_scene(path: Path, program: list[str] | None, limit: float, folder: Path) -> dict[str, Any]:
     """Every way to write the splats in `path`."""
     source = open_source(path)
     asset, background = source.asset, source.scene.background
@@ -102,20 +102,20 @@ def measure_scene(path: Path, program: list[str] | None, folder: Path) -> dict[s
             "read_seconds": round(times[2] - times[1], 2),
         }
         if program is not None and kind.words is not None:
-            entry["splat_transform"] = peer(program, kind, folder, drawn, whole)
+            entry["splat_transform"] = peer(program, kind, limit, folder, drawn, whole)
         found[kind.name] = entry
     return {"splats": len(asset), "degree": asset.sh_degree, "cameras": len(cameras), "formats": found}
 
 
-def peer(program: list[str], kind: Kind, folder: Path, drawn: Any, whole: torch.Tensor) -> dict[str, Any]:
+def peer(program: list[str], kind: Kind, limit: float, folder: Path, drawn: Any, whole: torch.Tensor) -> dict[str, Any]:
     """The same by splat-transform."""
     target = folder / f"peer_{kind.file}"
     words = [*program, "-w", "-g", "cpu", *(kind.words or ()), str(folder / "source.ply"), str(target)]
     before = os.times()
     try:
-        done = subprocess.run(words, capture_output=True, text=True, timeout=900)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=limit)
     except subprocess.TimeoutExpired:
-        return {"error": "not done after 900 s"}
+        return {"error": f"not done after {limit:.0f} s"}
     after = os.times()
     if done.returncode != 0:
         return {"error": done.stderr.strip().splitlines()[-1:] or ["failed"]}
@@ -150,6 +150,7 @@ def main() -> None:
     parser.add_argument("scenes", nargs="+", type=Path)
     parser.add_argument("--splat-transform", default=shutil.which("splat-transform"))
     parser.add_argument("--peer-iterations", type=int, default=10, help="of its k-means; 10 is its default")
+    parser.add_argument("--peer-limit", type=float, default=900, help="seconds by the clock for one of its conversions")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "formats.json")
     options = parser.parse_args()
     program = None
@@ -161,7 +162,7 @@ def main() -> None:
         version = said.strip() or None
     for path in options.scenes:
         with tempfile.TemporaryDirectory() as folder:
-            result = measure_scene(path, program, Path(folder))
+            result = measure_scene(path, program, options.peer_limit, Path(folder))
         Console(width=max(120, Console().width)).print(show(path.stem, result))
         result |= {"peer": version, "peer_iterations": options.peer_iterations}
         before = json.loads(options.out.read_text()) if options.out.exists() else {}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -38,3 +40,21 @@ def refused(module: str, *words: object) -> str:
     assert lines and lines[-1].startswith("error: "), done.stderr
     assert "Traceback" not in done.stderr
     return lines[-1]
+
+
+@contextmanager
+def small_disk(folder: Path, size: str) -> Iterator[Path]:
+    """A file system of so many bytes (as mount spells them) at `folder`. Skips where none can be made."""
+    folder.mkdir()
+    try:
+        made = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)], capture_output=True, text=True
+        )
+    except OSError as error:
+        pytest.skip(f"no small disk can be made: {error}")
+    if made.returncode != 0:
+        pytest.skip(f"no small disk can be made: {made.stderr.strip()}")
+    try:
+        yield folder
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)

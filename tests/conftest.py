@@ -25,6 +25,29 @@ if not torch.cuda.is_available():
     )  # read when a kernel is defined: Triton's then run on the CPU, slowly
 
 
+def _with_kernels(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    from prismfield.render import kernels
+
+    try:
+        module, _ = kernels.load_kernels(name)
+    except ValueError as error:
+        pytest.skip(str(error))
+    monkeypatch.setattr(kernels, "kernels", module)
+    return name
+
+
+@pytest.fixture(params=["v4", "v3", "v2"])
+def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each instruction set that this processor has and that was built."""
+    return _with_kernels(request.param, monkeypatch)
+
+
+@pytest.fixture(params=["reference", "v4", "v3", "v2"])
+def table(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """No kernels, and each instruction set that this processor has and that was built."""
+    return _with_kernels(request.param, monkeypatch)
+
+
 @pytest.fixture
 def triton_device(monkeypatch: pytest.MonkeyPatch) -> torch.device:
     """Where the Triton kernels run, and from now on all ops: a GPU, or without one the CPU, interpreted."""

@@ -173,3 +173,27 @@ def angle_axis(
     direction = torch.nn.functional.normalize(torch.tensor(axis, dtype=dtype), dim=0)
     quat = torch.cat([torch.tensor([math.cos(half)], dtype=dtype), math.sin(half) * direction])
     return quat, rotation_matrices(quat)
+
+
+EDGES: list[tuple[dict[str, Any], bool]] = [
+    ({"means": [0.0, 0.0, 0.0099]}, False),
+    ({"means": [0.0, 0.0, 0.0101]}, True),
+    ({"means": [0.0, 0.0, -2.0]}, False),
+    ({"opacities": 1 / 255.5}, False),
+    ({"opacities": 1 / 253}, True),
+    ({"opacities": 0.0}, False),
+    (
+        {"means": [1.98, 0.0, 2.0]},
+        True,
+    ),  # 230.5 pixels; the radius is 24.5 there with the tangent held at the margin
+    ({"means": [2.6, 0.0, 2.0]}, False),
+    ({"means": [0.0, -1.0, 2.0]}, True),
+    ({"means": [0.0, -1.4, 2.0]}, False),
+    ({"means": [float("nan"), 0.0, 2.0]}, False),
+    ({"means": [0.0, float("inf"), 2.0]}, False),
+    ({"scales": [0.1, float("nan"), 0.1]}, False),
+    ({"scales": [1e25, 0.1, 0.1]}, False),
+    ({"quats": [float("nan"), 0.0, 0.0, 1.0]}, False),
+    ({"opacities": float("nan")}, False),
+]
+"""What to change of a Gaussian, and whether it is drawn then: either side of each reason for leaving one out."""

@@ -6,8 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from prismfield.render import kernels as kernels_module
-from prismfield.render.kernels import LEVELS, kernels, load_kernels
+from prismfield.render.kernels import kernels
 from prismfield.render.ops.adam import adam_step, adam_step_reference
 from prismfield.train.optimizer import FusedAdam
 from prismfield.train.strategies.rows import append_rows, keep_rows
@@ -16,17 +15,6 @@ needs_kernels = pytest.mark.skipif(kernels is None, reason="no compiled kernels"
 OPTIONS = {"lr": 0.02, "betas": (0.9, 0.99), "eps": 1e-8}
 # Empty, one value, narrower and wider rows than a vector, more than one chunk
 SHAPES = [(0, 3), (1,), (37,), (37, 1, 3), (19, 4), (23, 15, 3), (9, 16), (3000, 15, 3), (20001,)]
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each instruction set that this processor has and that was built."""
-    try:
-        module, _ = load_kernels(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    monkeypatch.setattr(kernels_module, "kernels", module)
-    return request.param
 
 
 def make_state(shape: tuple[int, ...], seed: int = 0) -> tuple[Tensor, Tensor, Tensor, Tensor]:

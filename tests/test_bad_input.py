@@ -13,7 +13,7 @@ import pytest
 
 from prismfield.train.checkpoint import load_checkpoint
 
-from .commands import command, refused
+from .commands import command, refused, small_disk
 from .tiny_captures import FX, FY, HEIGHT, WIDTH, transforms, write_colmap, write_image, write_transforms
 
 SHORT = ["--steps", "12", "--data.initial-points", "200", "--log.tests", "0", "--log.no-tensorboard"]
@@ -199,25 +199,14 @@ def test_splats_to_start_from(tiny_run: Path, tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 2 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    try:
-        options = ["-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
-        made = subprocess.run(["mount", *options], capture_output=True, text=True)
-    except OSError as error:
-        pytest.skip(f"no small disk can be made: {error}")
-    if made.returncode != 0:
-        pytest.skip(f"no small disk can be made: {made.stderr.strip()}")
-    try:
+    with small_disk(tmp_path / "disk", "2m") as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
-def test_a_full_disk_ends_the_run_and_more_room_lets_it_go_on(small_disk: Path) -> None:
-    run = small_disk / "run"
+def test_a_full_disk_ends_the_run_and_more_room_lets_it_go_on(disk: Path) -> None:
+    run = disk / "run"
     words = [*SMALL, "--steps", "40", "--log.checkpoint-steps", "10", "--log.every", "10"]
     done = command("train.cli", *words, "--out", run)
     assert done.returncode == 1, done.stderr
@@ -228,7 +217,7 @@ def test_a_full_disk_ends_the_run_and_more_room_lets_it_go_on(small_disk: Path) 
     assert not list(run.rglob("*.part"))
     step = load_checkpoint(run / "checkpoints")[1]["step"]
     assert 10 <= step < 40
-    subprocess.run(["mount", "-o", "remount,size=20m", str(small_disk)], check=True)
+    subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
     done = command("train.cli", "--resume", run)
     assert done.returncode == 0, done.stderr
     assert f"going on at step {step}" in done.stderr
@@ -236,11 +225,11 @@ def test_a_full_disk_ends_the_run_and_more_room_lets_it_go_on(small_disk: Path) 
     assert sorted(set(steps)) == [1, 10, 20, 30, 40]
 
 
-def test_a_disk_full_from_the_first_byte(small_disk: Path) -> None:
-    with (small_disk / "filler").open("wb") as file, pytest.raises(OSError, match="No space"):
+def test_a_disk_full_from_the_first_byte(disk: Path) -> None:
+    with (disk / "filler").open("wb") as file, pytest.raises(OSError, match="No space"):
         while True:
             file.write(bytes(1 << 14))
             file.flush()
-    line = refused("train.cli", *SMALL, "--steps", "40", "--out", small_disk / "run")
+    line = refused("train.cli", *SMALL, "--steps", "40", "--out", disk / "run")
     assert "No space left on device" in line
-    assert str(small_disk / "run") in line
+    assert str(disk / "run") in line

@@ -18,6 +18,8 @@ import torch
 from prismfield.train import checkpoint
 from prismfield.train.checkpoint import STATE, TENSORS, checkpoints, load_checkpoint, save_checkpoint
 
+from .commands import small_disk
+
 STATES: dict[str, Any] = {"seconds": 1.5, "frame": {"center": [0.1, -2.0, 3e-9]}, "name": "Grün"}
 
 
@@ -187,29 +189,18 @@ def test_what_was_begun_is_removed(error: type[BaseException], tmp_path: Path, m
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
+def disk(tmp_path: Path) -> Iterator[Path]:
     """A file system of 256 KiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    options = ["-t", "tmpfs", "-o", "size=256k", "tmpfs", str(folder)]
-    try:
-        made = subprocess.run(["mount", *options], capture_output=True, text=True)
-    except OSError as error:
-        pytest.skip(f"no small disk can be made: {error}")
-    if made.returncode != 0:
-        pytest.skip(f"no small disk can be made: {made.stderr.strip()}")
-    try:
+    with small_disk(tmp_path / "disk", "256k") as folder:
         yield folder
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 @pytest.mark.parametrize("floats", [90_000, 45_000], ids=["tensors", "second checkpoint"])
-def test_a_full_disk_leaves_what_was_there(floats: int, small_disk: Path) -> None:
-    save(small_disk, 1)
+def test_a_full_disk_leaves_what_was_there(floats: int, disk: Path) -> None:
+    save(disk, 1)
     with pytest.raises(OSError, match="No space left"):
         for step in (2, 3):
-            save_checkpoint(small_disk, step, {"a": torch.rand(floats)}, {})
+            save_checkpoint(disk, step, {"a": torch.rand(floats)}, {})
     whole = 2 if floats == 45_000 else 1
-    assert names(small_disk) == [f"step_{step:08d}" for step in range(1, whole + 1)]
-    assert load_checkpoint(small_disk)[1]["step"] == whole
+    assert names(disk) == [f"step_{step:08d}" for step in range(1, whole + 1)]
+    assert load_checkpoint(disk)[1]["step"] == whole

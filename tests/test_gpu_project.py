@@ -11,7 +11,7 @@ from torch import Tensor
 from prismfield.render.cameras import Cameras
 from prismfield.render.ops.project import project, project_reference
 
-from .raster_fixtures import as_double, assert_rows_close, cotangents, make_cameras, make_gaussians
+from .raster_fixtures import EDGES, as_double, assert_rows_close, cotangents, make_cameras, make_gaussians
 
 # The interpreter's: lanes that hold nothing, or what is not drawn, compute nonsense that is dropped
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
@@ -98,31 +98,7 @@ def one_gaussian(**changes: Any) -> list[Tensor]:
     return [torch.tensor([(values | changes)[name]]) for name in NAMES[:4]]
 
 
-@pytest.mark.parametrize(
-    ("changes", "drawn"),
-    [
-        ({"means": [0.0, 0.0, 0.0099]}, False),
-        ({"means": [0.0, 0.0, 0.0101]}, True),
-        ({"means": [0.0, 0.0, -2.0]}, False),
-        ({"opacities": 1 / 255.5}, False),
-        ({"opacities": 1 / 253}, True),
-        ({"opacities": 0.0}, False),
-        (
-            {"means": [1.98, 0.0, 2.0]},
-            True,
-        ),  # 230.5 pixels; the radius is 24.5 there with the tangent held at the margin
-        ({"means": [2.6, 0.0, 2.0]}, False),
-        ({"means": [0.0, -1.0, 2.0]}, True),
-        ({"means": [0.0, -1.4, 2.0]}, False),
-        ({"means": [float("nan"), 0.0, 2.0]}, False),
-        ({"means": [0.0, float("inf"), 2.0]}, False),
-        ({"scales": [0.1, float("nan"), 0.1]}, False),
-        ({"scales": [1e25, 0.1, 0.1]}, False),
-        ({"quats": [float("nan"), 0.0, 0.0, 1.0]}, False),
-        ({"opacities": float("nan")}, False),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("changes", "drawn"), EDGES, ids=str)
 def test_what_is_drawn(changes: dict[str, Any], drawn: bool, triton_device: torch.device) -> None:
     """What is not drawn has zeros everywhere, receives no gradient and spoils nobody else's, not even the camera's."""
     K = torch.tensor([[[150.0, 0, 82.0], [0, 220.0, 75.0], [0, 0, 1]]], device=triton_device)

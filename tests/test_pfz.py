@@ -18,21 +18,8 @@ from prismfield.export.compression.pfz_models import Decoder
 from prismfield.export.compression.pfz_write import PfzSteps, canonical, chunks_of, encode_pfz, importance_of, write_pfz
 from prismfield.export.ply import read_ply
 from prismfield.render import kernels as kernels_module
-from prismfield.render.kernels import LEVELS, load_kernels
 
 FINE = replace(PfzSteps(), chunk_factor=1.0, dead=0.0, turn=0.2)
-TABLES = ["reference", *LEVELS]
-
-
-@pytest.fixture(params=TABLES)
-def table(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """No kernels, and each instruction set that this processor has and that was built."""
-    try:
-        module, _ = load_kernels(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    monkeypatch.setattr(kernels_module, "kernels", module)
-    return request.param
 
 
 def splats(count: int, degree: int = 3, seed: int = 0) -> SplatAsset:

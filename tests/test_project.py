@@ -17,6 +17,7 @@ from .raster_fixtures import (
     BEYOND,
     CLEAR,
     COUNTS,
+    EDGES,
     HUGE,
     IMAGES,
     OPAQUE,
@@ -157,30 +158,7 @@ def test_covariance_of_samples() -> None:
     torch.testing.assert_close(covariance, torch.cov(pixels.T), rtol=0.02, atol=0.01)
 
 
-@pytest.mark.parametrize(
-    ("changes", "drawn"),
-    [
-        ({"means": [0.0, 0.0, 0.0099]}, False),
-        ({"means": [0.0, 0.0, 0.0101]}, True),
-        ({"means": [0.0, 0.0, -2.0]}, False),
-        ({"opacities": 1 / 255.5}, False),
-        ({"opacities": 1 / 253}, True),
-        ({"opacities": 0.0}, False),
-        (
-            {"means": [1.98, 0.0, 2.0]},
-            True,
-        ),  # 230.5 pixels; the radius is 24.5 there with the tangent held at the margin
-        ({"means": [2.6, 0.0, 2.0]}, False),
-        ({"means": [0.0, -1.0, 2.0]}, True),
-        ({"means": [0.0, -1.4, 2.0]}, False),
-        ({"means": [float("nan"), 0.0, 2.0]}, False),
-        ({"means": [0.0, float("inf"), 2.0]}, False),
-        ({"scales": [0.1, float("nan"), 0.1]}, False),
-        ({"quats": [float("nan"), 0.0, 0.0, 1.0]}, False),
-        ({"opacities": float("nan")}, False),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("changes", "drawn"), EDGES, ids=str)
 @pytest.mark.parametrize("module", [pytest.param(None, id="reference"), *usable_levels()])
 def test_what_is_drawn(module: Any, changes: dict[str, Any], drawn: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is not drawn has zeros everywhere, receives no gradient and spoils nobody else's, not even the camera's."""

@@ -8,24 +8,12 @@ import torch
 from scipy.signal import convolve2d
 from torch import Tensor
 
-from prismfield.render import kernels as kernels_module
-from prismfield.render.kernels import LEVELS, kernels, load_kernels
+from prismfield.render.kernels import kernels
 from prismfield.render.ops.ssim import photometric_loss, photometric_loss_reference, ssim, ssim_map
 
 needs_kernels = pytest.mark.skipif(kernels is None, reason="no compiled kernels")
 # (C, H, W, D): one pixel, smaller than the window, its size, several blocks each way, a column, other channel counts
 SIZES = [(1, 1, 1, 3), (2, 7, 5, 3), (1, 11, 11, 1), (2, 33, 65, 3), (1, 18, 400, 3), (1, 40, 1, 3), (1, 21, 300, 4)]
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each instruction set that this processor has and that was built."""
-    try:
-        module, _ = load_kernels(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    monkeypatch.setattr(kernels_module, "kernels", module)
-    return request.param
 
 
 def make_pair(shape: tuple[int, ...], seed: int = 0) -> tuple[Tensor, Tensor]:
