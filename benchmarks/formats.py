@@ -158,8 +158,8 @@ def main() -> None:
         program = [options.splat_transform, "-i", str(options.peer_iterations)]
     version = None
     if program is not None:
-        said = subprocess.run([program[0], "--version"], capture_output=True, text=True).stdout
-        version = said.strip() or None
+        said = subprocess.run([program[0], "--version"], capture_output=True, text=True)
+        version = (said.stdout + said.stderr).strip() or None
     for path in options.scenes:
         with tempfile.TemporaryDirectory() as folder:
             result = measure_scene(path, program, options.peer_limit, Path(folder))
