@@ -66,13 +66,14 @@ def assert_same_look(a: SplatAsset, b: SplatAsset, sh: float = 1e-5) -> None:
     np.testing.assert_allclose(a.sh, b.sh, atol=sh)
 
 
-def splat_transform(*words: object) -> None:
-    """Run splat-transform: `PRISMFIELD_SPLAT_TRANSFORM` or the one on the path. Skips where there is none."""
+def splat_transform(*words: object) -> str:
+    """What splat-transform says: `PRISMFIELD_SPLAT_TRANSFORM` or the one on the path. Skips where there is none."""
     program = os.environ.get("PRISMFIELD_SPLAT_TRANSFORM") or shutil.which("splat-transform")
     if program is None:
         pytest.skip("splat-transform is not installed: npm install @playcanvas/splat-transform")
     done = subprocess.run([program, *map(str, words)], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
 
 
 def without_up(asset: SplatAsset) -> SplatAsset:
