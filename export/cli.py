@@ -22,9 +22,15 @@ class OutputOptions:
     spz_sh_bits: tuple[int, int] | None = None
     """Bits of an .spz for harmonics of degree 1 and for higher ones, 1 to 8; default 5 4."""
     sog_palette: int | None = None
-    """How many sets of harmonics the Gaussians of a .sog share, 65,536 at most; default about one for two to four."""
+    """How many sets of harmonics the Gaussians of a .sog (or of a chunk) share, 65,536 at most; default about one for two to four."""
     turn: tuple[float, float, float] | None = None
     """Turn the scene first by so many degrees about x, then y, then z, harmonics too: `180 0 0` rights what stands on its head."""
+    level: int = 0
+    """Level of detail to write: 0 all Gaussians, 1 a quarter of them, 2 a quarter of these; of a streamed SOG, one that it has."""
+    levels: int | None = None
+    """How many levels of detail a streamed SOG has; default down to 10,000 Gaussians."""
+    chunk_splats: int | None = None
+    """How many Gaussians a chunk of a streamed SOG has at most; default 65,536."""
     verify: bool = True
     """Render what was written and what is read back, print the PSNR, and keep the file only if it is above the format's floor."""
 
@@ -37,7 +43,7 @@ class ExportConfig:
     """A run's folder, or a file of splats."""
     to: Path
     """The file, replaced if it is there; its suffix says the format. Gaussians: .ply (the layout of 3D Gaussian Splatting),
-    .compressed.ply, .spz, .sog (or a folder NAME_sog), .splat, .glb (KHR_gaussian_splatting); convexes: .ply, and .glb and .obj, a mesh of their hulls."""
+    .compressed.ply, .spz, .sog (or a folder NAME_sog), streamed SOG (a folder NAME_lod, or DIR/lod-meta.json), .splat, .glb (KHR_gaussian_splatting); convexes: .ply, and .glb and .obj, a mesh of their hulls."""
     step: int | None = None
     """Of which checkpoint of a run; default the newest."""
     threads: int = 0
@@ -78,10 +84,12 @@ def write(scene: Path, to: Path, options: OutputOptions, step: int | None, threa
 
     show_log()
     use_threads(threads)
-    source = open_source(scene, step=step)
+    source = open_source(scene, step=step, level=options.level)
     if options.turn is not None:
         source = turned(source, options.turn)
-    told = WriteOptions(options.spz_version, options.spz_sh_bits, options.sog_palette)
+    told = WriteOptions(
+        options.spz_version, options.spz_sh_bits, options.sog_palette, options.levels, options.chunk_splats
+    )
     try:
         form = format_for(to, source.asset, told)
     except ValueError as error:

@@ -14,14 +14,18 @@ import numpy as np
 import torch
 
 from prismfield.export.assets import Asset, SplatAsset
-from prismfield.export.formats import FORMATS, Format, WriteOptions, ending, is_asset, read_asset
+from prismfield.export.formats import FORMATS, Format, WriteOptions, ending, is_asset, is_streamed, read_asset
 from prismfield.export.library import Scene, content_frame, load, render, scene_of
+from prismfield.export.lods.merge import build_levels
+from prismfield.export.lods.streamed import LOD_META
+from prismfield.export.lods.streamed_read import read_streamed
 from prismfield.export.sog_files import META
 from prismfield.render.cameras import Cameras
 from prismfield.train.camera_path import orbit, ring
 from prismfield.train.metrics import psnr
 
 _VIEWS = 3
+_IN_FOLDER = (META, LOD_META)  # names for what lies beside them
 
 
 @dataclass(frozen=True)
@@ -48,18 +52,42 @@ class Written:
     views: int
 
 
-def open_source(path: Path, *, step: int | None = None) -> Source:
+def open_source(path: Path, *, step: int | None = None, level: int = 0) -> Source:
     """A run's folder, at one of its steps, or a file of primitives with every value as it is there.
+
+    Args:
+        path: a folder or a file.
+        step: of a run; None for the newest.
+        level: of detail: 0 is all that there is; others are read from a streamed SOG, else made by merging Gaussians.
 
     Raises:
         FileNotFoundError: there is no such file, or the folder is not a run's.
-        ValueError: one line saying what is wrong with it.
+        ValueError: one line saying what is wrong with it, or there is no such level.
     """
+    if level < 0:
+        raise ValueError(f"--level: expected 0 or more, got {level}")
     if step is None and is_asset(path):
-        asset = read_asset(path)
-        return Source(path, asset, scene_of(asset, path))
+        is_stored = level > 0 and is_streamed(path)
+        asset = read_streamed(path, level) if is_stored else read_asset(path)
+        source = Source(path, asset, scene_of(asset, path))
+        return source if is_stored else _coarser(source, level)
     scene = load(path, step=step)
-    return Source(path, scene.asset(), scene)
+    return _coarser(Source(path, scene.asset(), scene), level)
+
+
+def _coarser(source: Source, level: int) -> Source:
+    if level == 0:
+        return source
+    if not isinstance(source.asset, SplatAsset):
+        raise ValueError(f"{source.path}: --level merges Gaussians, not {source.asset.noun}")
+    levels = build_levels(source.asset, level + 1)
+    if len(levels) <= level:
+        raise ValueError(
+            f"{source.path}: there is no level {level}, level {len(levels) - 1} has {len(levels[-1].asset)} left"
+        )
+    asset = levels[level].asset
+    made = scene_of(asset, source.path, frame=source.scene.frame)
+    return Source(source.path, asset, replace(made, run=source.scene.run, background=source.scene.background))
 
 
 def turned(source: Source, degrees: tuple[float, float, float]) -> Source:
@@ -115,7 +143,7 @@ def write_checked(
     if sh_degree is not None and sh_degree < asset.sh_degree:
         asset = asset.at_degree(sh_degree)
         source = Source(source.path, asset, scene_of(asset, source.path, frame=source.scene.frame))
-    if form.is_folder and path.name.lower() == META:
+    if form.is_folder and path.name.lower() in _IN_FOLDER:
         path = path.parent
     if form.is_folder and path.exists() and not path.is_dir():
         raise NotADirectoryError(f"{path}: is a file, expected a folder")
@@ -140,9 +168,11 @@ def write_checked(
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, or of the files in a folder; of a meta.json, those beside it too."""
-    folder = path.parent if path.name.lower() == META else path
-    return sum(part.stat().st_size for part in folder.iterdir()) if folder.is_dir() else path.stat().st_size
+    """Bytes of a file, or of the files in a folder; of a meta.json or lod-meta.json, those beside it too."""
+    folder = path.parent if path.name.lower() in _IN_FOLDER else path
+    if not folder.is_dir():
+        return path.stat().st_size
+    return sum(part.stat().st_size for part in folder.rglob("*") if part.is_file())
 
 
 def _settle(made: Path, path: Path) -> None:
@@ -150,7 +180,9 @@ def _settle(made: Path, path: Path) -> None:
     if not (made.is_dir() and path.is_dir()):
         os.replace(made, path)
         return
-    for part in sorted(made.iterdir(), key=lambda part: part.name == META):
+    for part in sorted(made.iterdir(), key=lambda part: part.name in _IN_FOLDER):
+        if part.is_dir() and (path / part.name).is_dir():  # a folder replaces none that has files in it
+            os.replace(path / part.name, made.parent / f"before-{part.name}")
         os.replace(part, path / part.name)
 
 

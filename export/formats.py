@@ -16,6 +16,8 @@ from prismfield.export.compression.pfz import read_pfz
 from prismfield.export.compression.pfz_write import write_pfz
 from prismfield.export.convex_ply import ELEMENT, convex_ply_bytes, read_convex_ply, write_convex_ply
 from prismfield.export.ksplat import read_ksplat
+from prismfield.export.lods.streamed import LOD_META, write_streamed
+from prismfield.export.lods.streamed_read import read_streamed
 from prismfield.export.meshes.hulls import write_glb, write_obj
 from prismfield.export.ply import ply_bytes, read_ply, write_ply
 from prismfield.export.ply_file import read_header
@@ -38,7 +40,11 @@ class WriteOptions:
     spz_sh_bits: tuple[int, int] | None = None
     """Of an .spz: bits of harmonics of degree 1, and of higher ones."""
     sog_palette: int | None = None
-    """Of a .sog: how many sets of harmonics its Gaussians share, 65,536 at most."""
+    """Of a .sog: how many sets of harmonics its Gaussians share, 65,536 at most; of a streamed one, in each chunk."""
+    levels: int | None = None
+    """Of a streamed SOG: how many levels of detail, the finest among them."""
+    chunk_splats: int | None = None
+    """Of a streamed SOG: how many Gaussians a chunk has at most."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +94,15 @@ _SOG = Format(
     options=("sog_palette",),
 )
 
+_STREAMED = Format(
+    "PlayCanvas's streamed SOG: levels of detail in chunks",
+    lambda path, asset, options: write_streamed(path, asset, options.levels, options.chunk_splats, options.sog_palette),
+    read_streamed,
+    floor=30.0,
+    is_folder=True,
+    options=("sog_palette", "levels", "chunk_splats"),
+)
+
 FORMATS: dict[str, dict[str, Format]] = {
     "gaussians": {
         ".ply": Format("the layout of 3D Gaussian Splatting (INRIA)", _plain(write_ply), read_ply, ply_bytes),
@@ -98,6 +113,8 @@ FORMATS: dict[str, dict[str, Format]] = {
         ".sog": _SOG,
         "_sog": replace(_SOG, about="the files of a .sog in a folder NAME_sog", is_folder=True),
         "meta.json": replace(_SOG, about="the files of a .sog beside each other", is_folder=True),
+        "_lod": replace(_STREAMED, about="a streamed SOG, levels of detail, in a folder NAME_lod"),
+        "lod-meta.json": _STREAMED,
         ".glb": Format("glTF with KHR_gaussian_splatting, y up", _plain(write_splat_glb), read_splat_glb),
         ".ksplat": Format("GaussianSplats3D's", read=read_ksplat),
         ".pfz": Format("our smallest", _plain(write_pfz), read_pfz, floor=32.0),
@@ -152,8 +169,17 @@ def ending(path: Path, known: Iterable[str]) -> str | None:
 def is_asset(path: Path) -> bool:
     """Whether `path` is something for `read_asset`: a name that it knows, or a folder with the files of a .sog, not of a run."""
     if path.is_dir():
-        return (path / META).is_file() and not (path / "config.json").exists()
+        return _in_folder(path) is not None and not (path / "config.json").exists()
     return ending(path, _readers()) is not None
+
+
+def is_streamed(path: Path) -> bool:
+    """Whether `path` is a streamed SOG, which has levels of detail of its own."""
+    return (_in_folder(path) if path.is_dir() else path.name.lower()) == LOD_META
+
+
+def _in_folder(path: Path) -> str | None:
+    return next((name for name in (LOD_META, META) if (path / name).is_file()), None)
 
 
 def read_asset(path: Path) -> Asset:
@@ -164,7 +190,7 @@ def read_asset(path: Path) -> Asset:
         ValueError: one line saying what is wrong with it.
     """
     readers = _readers()
-    end = META if path.is_dir() else ending(path, readers)
+    end = (_in_folder(path) or META) if path.is_dir() else ending(path, readers)
     if end is None:
         raise ValueError(f"{path}: expected a file whose name ends with {', '.join(readers)}")
     if not end.endswith(".ply"):

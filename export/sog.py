@@ -54,7 +54,7 @@ def default_palette(count: int) -> int:
     return min(_MAX_PALETTE, max(1, 1 << max(0, count // 2).bit_length() - 1)) if count > 1024 else max(1, count)
 
 
-def write_sog(path: Path, asset: SplatAsset, palette_size: int | None = None) -> None:
+def write_sog(path: Path, asset: SplatAsset, palette_size: int | None = None, *, is_ordered: bool = False) -> None:
     """Write along a Z-order curve, read back and compare before it takes the name `path`.
 
     Harmonics above degree 0 are shared: each Gaussian has one of the palette's. Scales, colours and the palette's values each
@@ -64,6 +64,7 @@ def write_sog(path: Path, asset: SplatAsset, palette_size: int | None = None) ->
         path: a zip if it ends with .sog, else a folder, which must be new.
         asset: what to write.
         palette_size: at most 65,536; None: see `default_palette`.
+        is_ordered: keep the order that the Gaussians have.
 
     Raises:
         ValueError: the asset is empty, or the palette's size out of range.
@@ -73,7 +74,7 @@ def write_sog(path: Path, asset: SplatAsset, palette_size: int | None = None) ->
         raise ValueError(f"expected a palette of 1 to {_MAX_PALETTE}, got {palette_size}")
     if len(asset) == 0:
         raise ValueError(f"{path}: there is nothing to write, the scene has no {asset.noun}")
-    plan = _plan(asset, palette_size)
+    plan = _plan(asset, palette_size, is_ordered)
     held = plan.asset
     scales, dc = held.log_scales, held.sh[:, 0]
     steps = np.ptp(_log(held.means), 0) / 65535
@@ -99,9 +100,19 @@ def read_sog(path: Path) -> SplatAsset:
         FileNotFoundError: there is no such file.
         ValueError: one line saying what is wrong with it.
     """
-    with naming(path), open_files(path.parent if path.name == META else path) as files:
-        meta = read_meta(files)
-        return _Reader(files, meta).asset()
+    with naming(path):
+        return sog_in(path.parent if path.name == META else path)
+
+
+def sog_in(path: Path) -> SplatAsset:
+    """What a zip or a folder holds.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: what is wrong with it, without its name.
+    """
+    with open_files(path) as files:
+        return _Reader(files, read_meta(files)).asset()
 
 
 def _log(values: NDArray) -> NDArray[np.float64]:
@@ -112,9 +123,11 @@ def _exp(values: NDArray) -> NDArray[np.float64]:
     return np.sign(values) * np.expm1(np.abs(values))
 
 
-def _plan(asset: SplatAsset, palette_size: int | None) -> _Plan:
+def _plan(asset: SplatAsset, palette_size: int | None, is_ordered: bool) -> _Plan:
     degree = next((d for d in range(asset.sh_degree, 0, -1) if asset.sh[:, d**2 : (d + 1) ** 2].any()), 0)
-    asset = replace(asset.at_degree(degree).take(morton_order(asset.means)), extra={})
+    asset = replace(asset.at_degree(degree), extra={})
+    if not is_ordered:
+        asset = asset.take(morton_order(asset.means))
     rest = asset.sh[:, 1:]
     if degree:
         vectors = np.ascontiguousarray(rest.reshape(len(asset), -1))

@@ -21,6 +21,7 @@ from PIL import Image
 from prismfield.export.convert import Source, write_checked
 from prismfield.export.formats import FORMATS, WriteOptions, read_asset
 from prismfield.export.library import scene_of
+from prismfield.export.lods.streamed import write_streamed
 from prismfield.export.sog import read_sog, write_sog
 from prismfield.export.spz import read_spz
 
@@ -59,7 +60,7 @@ def outcome(path: Path) -> str:
 
 def test_every_format_that_reads_is_here() -> None:
     ends = {end for end, form in FORMATS["gaussians"].items() if form.read is not None}
-    assert ends - {"_sog", "meta.json"} == {f".{name.split('.', 1)[1]}" for name in NAMES}
+    assert ends - {"_sog", "meta.json", "_lod", "lod-meta.json"} == {f".{name.split('.', 1)[1]}" for name in NAMES}
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -99,6 +100,36 @@ def test_bytes_turned_over_inside_the_compression(tmp_path: Path, whole: dict[st
             inner[place] = rng.integers(256)
         path.write_bytes(bytes(inner) if name == "v4.spz" else gzip.compress(bytes(inner), 1))
         outcome(path)
+
+
+@pytest.fixture(scope="module")
+def streamed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The lod-meta.json of a small streamed SOG. Put back what you change."""
+    folder = tmp_path_factory.mktemp("streamed") / "a_lod"
+    write_streamed(folder, make_splats(900, degree=1), 3, 256, 16)
+    return folder / "lod-meta.json"
+
+
+def test_a_streamed_one_cut_short_at_every_64th(streamed: Path) -> None:
+    for path in (streamed, streamed.parent / "0_0" / "meta.json", streamed.parent / "0_1" / "quats.webp"):
+        data = path.read_bytes()
+        for i in range(64 if path == streamed else 16):
+            path.write_bytes(data[: len(data) * i // 64])
+            assert outcome(streamed), f"{path} cut at {i}/64"
+        path.write_bytes(data)
+    assert outcome(streamed) == outcome(streamed.parent) == ""
+
+
+def test_bytes_of_a_streamed_one_turned_over(streamed: Path) -> None:
+    rng, data, said = np.random.default_rng(0), streamed.read_bytes(), 0
+    for _ in range(120):
+        changed = bytearray(data)
+        for place in rng.integers(0, len(data), int(rng.integers(1, 9))):
+            changed[place] = rng.integers(256)
+        streamed.write_bytes(changed)
+        said += bool(outcome(streamed))
+    streamed.write_bytes(data)
+    assert said > 60
 
 
 def huge(whole: dict[str, bytes]) -> Iterator[tuple[str, bytes]]:

@@ -71,6 +71,8 @@ CELLS = [
     Cell("d.sog", 3e-4, 0.9, 0.25, 0.5 / 255, 0.05, 0.08, 40, WriteOptions(sog_palette=1 << 16)),
     Cell("a_sog", 3e-4, 0.9, 0.25, 0.5 / 255, 0.05, 0.9, 33),
     Cell("meta.json", 3e-4, 0.9, 0.25, 0.5 / 255, 0.05, 0.9, 33),
+    Cell("a_lod", 3e-4, 0.9, 0.25, 0.5 / 255, 0.05, 0.9, 33, WriteOptions(levels=2, chunk_splats=256)),
+    Cell("lod-meta.json", 3e-4, 0.9, 0.25, 0.5 / 255, 0.05, 0.9, 33),
     Cell("a.glb", 4e-6, 1e-3, 1e-5, 0, 1e-5, 1e-5, 99),
     Cell("a.splat", 0, 1.0, 1e-5, 0.5 / 255, 0.5 / 255 / C0, 0, 40, keeps_antialiased=False, max_degree=0),
 ]
@@ -84,7 +86,7 @@ def test_what_is_written_comes_back_within_its_quantisation(tmp_path: Path, cell
     source = Source(tmp_path, asset, scene_of(asset, tmp_path))
     written = write_checked(source, path, cell.options, is_verified=degree == 3)
     names = [entry.name for entry in path.parent.iterdir()]
-    assert path.name in names and all(name.endswith((".webp", path.name)) for name in names)
+    assert path.name in names and all(name.endswith((".webp", "0_0", path.name)) for name in names)
     if degree == 3:
         found = written.psnr if written.psnr_held is None else written.psnr_held
         assert found is not None and found >= cell.psnr
