@@ -16,7 +16,7 @@ from prismfield.export.compression.chart import Curve, draw_chart
 from prismfield.export.compression.cli import CompressConfig, compress
 from prismfield.export.compression.compress import Likeness, contributions, drawable, pruned_rows, taken
 from prismfield.export.compression.pfz import read_pfz
-from prismfield.export.compression.pfz_write import importance_of
+from prismfield.export.compression.pfz_grid import importance_of
 from prismfield.export.library import load
 from prismfield.export.ply import ply_bytes, write_ply
 

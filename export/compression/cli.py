@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 
     from prismfield.export.assets import SplatAsset
     from prismfield.export.compression.compress import Compressor, Likeness, Result
+
+_PLAIN_SECONDS = 10.0  # between lines where there is no terminal
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,14 @@ class CompressConfig:
     steps: float = 1.0
     """Without a target: round everything to steps so many times as coarse as usual."""
     prune: float = 0.0
-    """Without a target: leave out this share of the Gaussians, the least important ones; 0 to below 1."""
+    """Without a target: leave out this share of the Gaussians, the least important ones; 0 to below 1. With
+    `--finetune-steps` they go bit by bit, while the others learn to do without."""
+    finetune_steps: int = 0
+    """Train what the file will hold for so many steps: a run against its photographs, a file against pictures of it."""
+    finetune_rate: float = 5e-10
+    """What a bit of the file costs in that training, in units of its loss; 0: only likeness counts."""
+    seed: int = 0
+    """Of that training: in which order it sees the photographs."""
     sh_degree: int = 3
     """Harmonics of at most this degree, 0 to 3."""
     sweep: Path | None = None
@@ -74,7 +84,8 @@ def compress(config: CompressConfig) -> dict[str, Any]:
 
     from prismfield.export.assets import SplatAsset
     from prismfield.export.compression.compress import Compressor, Likeness, contributions, cut_harmonics, drawable
-    from prismfield.export.compression.pfz_write import PfzSteps, write_encoded
+    from prismfield.export.compression.pfz_grid import PfzSteps
+    from prismfield.export.compression.pfz_write import write_encoded
     from prismfield.export.library import load
     from prismfield.train.cli import use_threads
     from prismfield.train.folder import write_text
@@ -93,8 +104,11 @@ def compress(config: CompressConfig) -> dict[str, Any]:
     if config.sweep is not None:
         _sweep(config.sweep, compressor, original, console)
     found = _find(config, compressor, console)
+    untrained = None
+    if config.finetune_steps > 0:
+        untrained, found = found, _finetuned(config, compressor, found)
     write_encoded(config.to, found.data)
-    numbers = _numbers(found, original, likeness)
+    numbers = _numbers(found, original, likeness, untrained)
     _print(console, config.to, numbers)
     if config.json is not None:
         write_text(config.json, json.dumps(numbers, indent=1) + "\n")
@@ -116,6 +130,9 @@ def _check(config: CompressConfig) -> None:
             raise ValueError(f"--{name}: expected more than 0, got {value:g}")
     if not 0 <= config.prune < 1:
         raise ValueError(f"--prune: expected 0 to below 1, got {config.prune:g}")
+    if config.finetune_steps < 0 or not 0 <= config.finetune_rate < 1:
+        name, value = ("steps", config.finetune_steps) if config.finetune_steps < 0 else ("rate", config.finetune_rate)
+        raise ValueError(f"--finetune-{name}: expected 0 or more, got {value:g}")
     if not 0 <= config.sh_degree <= 3:
         raise ValueError(f"--sh-degree: expected 0 to 3, got {config.sh_degree}")
     if config.sweep is not None:
@@ -134,6 +151,34 @@ def _find(config: CompressConfig, compressor: Compressor, console: Console) -> R
     if config.target_psnr is not None:
         return compressor.to_psnr(config.target_psnr, tell)
     return compressor.result(config.steps, config.prune)
+
+
+def _finetuned(config: CompressConfig, compressor: Compressor, found: Result) -> Result:
+    """`found`, trained, with a bar for those who wait."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    from prismfield.export.compression.finetune import Finetuning, finetune
+
+    options = Finetuning(config.finetune_steps, found.pruned, config.finetune_rate, config.seed, config.step)
+    scene, importance = compressor.likeness.scene, compressor.importance
+    columns = (TextColumn("fine-tuning"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[words]}"))
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(f"fine-tuning: {options.steps} steps", markup=False)
+    began = spoken = time.perf_counter()
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+        task = bar.add_task("", total=options.steps, words="")
+
+        def tell(step: int, psnr: float, count: int) -> None:
+            nonlocal spoken
+            words = f"PSNR {psnr:.2f}  {count:,} Gaussians"
+            bar.update(task, completed=step, words=words)
+            if not console.is_terminal and time.perf_counter() > spoken + _PLAIN_SECONDS:
+                spoken = time.perf_counter()
+                console.print(f"step {step}/{options.steps}  {words}", markup=False)
+
+        data = finetune(scene, compressor.asset, importance, found.steps, options, tell)
+    return compressor.measured(data, found.steps, found.pruned, time.perf_counter() - began)
 
 
 def _sweep(path: Path, compressor: Compressor, original: SplatAsset, console: Console) -> None:
@@ -155,7 +200,9 @@ def _sweep(path: Path, compressor: Compressor, original: SplatAsset, console: Co
     console.print(f"{path}: likeness over size", markup=False)
 
 
-def _numbers(found: Result, original: SplatAsset, likeness: Likeness) -> dict[str, Any]:
+def _numbers(
+    found: Result, original: SplatAsset, likeness: Likeness, untrained: Result | None = None
+) -> dict[str, Any]:
     from prismfield.export.compression.compress import ratio
     from prismfield.export.ply import ply_bytes
     from prismfield.train.report import peak_memory
@@ -178,7 +225,15 @@ def _numbers(found: Result, original: SplatAsset, likeness: Likeness) -> dict[st
         "peak_memory_mib": peak_memory() / 2**20,
         "pruned": found.pruned,
         "steps": vars(found.steps),
+        **({} if untrained is None else {"untrained": _of_untrained(untrained, likeness)}),
     }
+
+
+def _of_untrained(found: Result, likeness: Likeness) -> dict[str, Any]:
+    """The numbers of the same file without fine-tuning."""
+    photographs = likeness.to_photographs(found.asset)
+    words = {"photographs_after": photographs} if photographs else {}
+    return {"bytes": len(found.data), "psnr": found.psnr, "ssim": found.ssim, **words}
 
 
 def _print(console: Console, path: Path, numbers: dict[str, Any]) -> None:
@@ -194,6 +249,13 @@ def _print(console: Console, path: Path, numbers: dict[str, Any]) -> None:
         lines.append(
             f"to photos     {after['psnr']:.2f} dB PSNR, {after['ssim']:.4f} SSIM ({change} to the original's)"
         )
+    if "untrained" in numbers:
+        before = numbers["untrained"]
+        words = f"{before['bytes']:,} bytes, {before['psnr']:.2f} dB to the original"
+        if "photographs_after" in before:
+            lost = before["photographs_after"]["psnr"] - numbers["photographs_before"]["psnr"]
+            words += f", {before['photographs_after']['psnr']:.2f} dB to photos ({lost:+.2f} dB)"
+        lines.append(f"untrained     {words}")
     times = f"encoded in {numbers['encode_seconds']:.2f} s, decoded in {numbers['decode_seconds']:.2f} s"
     lines.append(f"time          {times}, peak memory {numbers['peak_memory_mib']:.0f} MiB")
     for line in lines:
