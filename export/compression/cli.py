@@ -39,8 +39,8 @@ class CompressConfig:
     `--finetune-steps` they go bit by bit, while the others learn to do without."""
     finetune_steps: int = 0
     """Train what the file will hold for so many steps: a run against its photographs, a file against pictures of it."""
-    finetune_rate: float = 5e-10
-    """What a bit of the file costs in that training, in units of its loss; 0: only likeness counts."""
+    finetune_rate: float = 1e-4
+    """What a bit of each Gaussian costs in that training, in units of its loss; 0: only likeness counts."""
     seed: int = 0
     """Of that training: in which order it sees the photographs."""
     sh_degree: int = 3

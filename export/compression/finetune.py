@@ -47,8 +47,8 @@ class Finetuning:
     """Updates, at least 1."""
     prune: float = 0.0
     """Share of the Gaussians that goes on the way."""
-    bit_price: float = 0.0
-    """What a bit of the file costs, in units of the training's loss."""
+    rate: float = 0.0
+    """What a bit of each Gaussian there is at first costs, in units of the training's loss."""
     seed: int = 0
     step: int | None = None
     """The run's checkpoint that the scene is of; None for the newest."""
@@ -79,7 +79,7 @@ def finetune(
     torch.manual_seed(options.seed)
     values, grid = grid_of(asset, steps, importance)
     rounded = RoundedGaussians(values, grid, importance, scene.frame, asset.antialiased)
-    rounded.bit_price = options.bit_price
+    rounded.bit_price = options.rate / len(asset)
     session = _session(scene, rounded, options)
     interrupt = Interrupt()
     smooth = math.nan
