@@ -29,24 +29,8 @@ CHUNK = struct.Struct("<IIIHBb")
 """bytes that follow, their CRC-32, Gaussians, lanes, octree level, quarters of a power of two on the steps of colour."""
 ANTIALIASED, UP_KNOWN = 1, 2
 MAX_CHUNK, MAX_DEPTH, MAX_TABLES, MAX_LANES = 1 << 16, 21, 1 << 18, 1 << 12
-PLANES = tuple(
-    [
-        "occupancy",
-        "count",
-        "count_high",
-        "refine",
-        "scale",
-        "flat",
-        "thin",
-        "opacity",
-        "qx",
-        "qy",
-        "qz",
-        "c0",
-        "c1",
-        "c2",
-    ]
-)
+_TURN, _HUES = ("qx", "qy", "qz"), ("c0", "c1", "c2")
+PLANES = ("occupancy", "count", "count_high", "refine", "scale", "flat", "thin", "opacity", *_TURN, *_HUES)
 """In this order in the header; planes of coefficients follow."""
 COLOR = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3.0], [2.0], [6.0]])
 """Rows: what c0, c1, c2 are of red, green and blue; orthonormal."""
