@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -43,7 +43,8 @@ class Result:
     psnr: float
     """Decibels to the original's pictures, over all pixels."""
     ssim: float
-    steps: PfzSteps
+    steps: PfzSteps | None
+    """Of a .pfz."""
     pruned: float
     """Share of the Gaussians that was left out."""
     encode_seconds: float
@@ -175,22 +176,26 @@ class Compressor:
         data, encoding = self.encode(factor, share)
         return self.measured(data, self.steps.times(factor), share, encoding)
 
-    def measured(self, data: bytes, steps: PfzSteps, share: float, seconds: float) -> Result:
+    def decode(self, data: bytes) -> SplatAsset:
+        """What is read back."""
+        return decode_pfz(data)
+
+    def measured(self, data: bytes, steps: PfzSteps | None, share: float, seconds: float) -> Result:
         """A file that was made of the asset, read back and compared; `seconds` is what making it took."""
         began = time.perf_counter()
-        asset = decode_pfz(data)
+        asset = self.decode(data)
         decoding = time.perf_counter() - began
         return Result(data, asset, *self.likeness.compare(asset), steps, share, seconds, decoding)
 
-    def to_size(self, limit: int, tell: Callable[[Result], None]) -> Result:
-        """The likest file of at most `limit` bytes.
+    def to_size(self, limit: int, tell: Callable[[Result], None], shares: Sequence[float] = PRUNED) -> Result:
+        """The likest file of at most `limit` bytes, without one of the `shares` of the Gaussians.
 
         Raises:
             ValueError: the smallest that was tried is larger.
         """
         best: Result | None = None
         smallest = 0.0
-        for share in PRUNED:
+        for share in shares:
             factor, size = _search(lambda f, s=share: math.log(len(self.encode(f, s)[0])), math.log(limit), 0.02)  # type: ignore[misc]
             if size > math.log(limit):
                 smallest = math.exp(size)
@@ -206,17 +211,17 @@ class Compressor:
             )
         return best
 
-    def to_psnr(self, limit: float, tell: Callable[[Result], None]) -> Result:
-        """The smallest file at least `limit` decibels like the original.
+    def to_psnr(self, limit: float, tell: Callable[[Result], None], shares: Sequence[float] = PRUNED) -> Result:
+        """The smallest file at least `limit` decibels like the original, without one of the `shares` of the Gaussians.
 
         Raises:
             ValueError: the finest that was tried is not.
         """
         best: Result | None = None
         nearest = 0.0
-        for share in PRUNED:
+        for share in shares:
             pruned = taken(self.asset, pruned_rows(self.importance, share))
-            if share > 0 and self.likeness.compare(pruned)[0] < limit + 0.5:
+            if share > shares[0] and self.likeness.compare(pruned)[0] < limit + 0.5:
                 break
             results: dict[float, Result] = {}
 

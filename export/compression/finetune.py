@@ -52,6 +52,8 @@ class Finetuning:
     seed: int = 0
     step: int | None = None
     """The run's checkpoint that the scene is of; None for the newest."""
+    on_pictures: bool = False
+    """Train on pictures of the scene as it is, even where there are photographs."""
 
 
 Tell = Callable[[int, float, int], None]
@@ -173,8 +175,12 @@ class DrawnViews(Views):
             with torch.no_grad():
                 rgb = render(self._scene, camera).rgb[0]
             pixels = (rgb.clamp(0, 1) * 255).round().to(torch.uint8)
-            self._drawn[index] = View(self._scene.frame.cameras_to_scene(camera), pixels, None, None, None)
+            self._drawn[index] = View(self.camera(index), pixels, None, None, None)
         return self._drawn[index]
+
+    def camera(self, index: int) -> Cameras:
+        """In the scene's frame."""
+        return self._scene.frame.cameras_to_scene(self._cameras[index])
 
     def prefetch(self, index: int) -> None:
         """Nothing: there is no file to read."""
@@ -195,12 +201,13 @@ def _session(scene: Scene, rounded: RoundedGaussians, options: Finetuning) -> Se
         schedule=replace(config.schedule, resolution=(), settle=_SETTLE, sparse_adam=True),
         loss=replace(config.loss, opacity_reg=0.0, scale_reg=0.0),
     )
-    data, views = _photographs(scene)
+    data, views = _photographs(scene, options.on_pictures)
     budget = config.data.cache_mb << 18
     batches = make_batches(config, "image", views, scene.background, budget, torch.device("cpu"))
-    exposure, poses = _corrections(scene, config, len(views), options.step)
+    is_drawn = isinstance(views, DrawnViews)
+    exposure, poses = (None, None) if is_drawn else _corrections(scene, config, len(views), options.step)
     every = max(1, len(views) // _WEIGHING_CAMERAS)
-    cameras = [views.camera(i) if run is not None else views[i].camera for i in range(0, len(views), every)]
+    cameras = [views.camera(i) for i in range(0, len(views), every)]
     trained: Any = rounded  # all of the protocol `Representation` that a step asks for
     return Session(
         config=config,
@@ -220,10 +227,10 @@ def _session(scene: Scene, rounded: RoundedGaussians, options: Finetuning) -> Se
     )
 
 
-def _photographs(scene: Scene) -> tuple[SceneData, Views]:
+def _photographs(scene: Scene, on_pictures: bool) -> tuple[SceneData, Views]:
     """The run's training photographs; without any, pictures from where importance is measured."""
     run = scene.run
-    if run is not None:
+    if run is not None and not on_pictures:
         try:
             data = run.data
             options = {"downscale": run.config.downscale, "byte_budget": run.config.data.cache_mb << 19}
