@@ -1,9 +1,9 @@
 """How small Gaussians get and what that costs, through the command a user types, and how fast a million are coded.
 
-    python benchmarks/compress.py [--data FOLDER] [--run FOLDER] [--only NAME ...]
+    python benchmarks/compress.py [--data FOLDER] [--run FOLDER] [--runs FOLDER] [--only NAME ...]
 
 Writes results/compress.json. FOLDER of the data holds the assets; by default $PRISMFIELD_SHARED/data. Without --run, the bundled
-garden is trained for a minute first. Times are of this machine as it was, with the processor time beside them.
+garden is trained for a minute first; --runs holds whole trainings (garden, lego, bonsai, garden5), for the cases of those. Times are of this machine as it was, with the processor time beside them.
 """
 
 from __future__ import annotations
@@ -32,7 +32,20 @@ CASES = {
     "flowers": "DATA/splats/flowers_lod3_inria.ply",
     "flowers_finer": "DATA/splats/flowers_lod3_inria.ply --steps 0.6",
     "flowers_36db": "DATA/splats/flowers_lod3_inria.ply --target-psnr 36",
+    "flowers_finetuned": "DATA/splats/flowers_lod3_inria.ply --finetune-steps 300",
 }
+WHOLE = {
+    **{f"{name}_finetuned": f"{name} --finetune-steps 600" for name in ("garden", "lego", "bonsai", "garden5")},
+    **{
+        f"{name}_thinned": f"{name} --finetune-steps 600 --prune 0.3"
+        for name in ("garden", "lego", "bonsai", "garden5")
+    },
+    **{
+        f"{name}_control": f"{name} --finetune-steps 600 --finetune-rate 0 --steps 0.1"
+        for name in ("garden", "lego", "bonsai", "garden5")
+    },
+}
+"""The same of runs that are trained already, fine-tuned; controls are trained on with steps that hardly round."""
 """Name to the words of render-compress."""
 
 
@@ -48,7 +61,8 @@ def million(path: Path) -> dict[str, Any]:
     from prismfield.export.assets import SplatAsset
     from prismfield.export.compression.compress import ratio
     from prismfield.export.compression.pfz import decode_pfz
-    from prismfield.export.compression.pfz_write import PfzSteps, encode_pfz
+    from prismfield.export.compression.pfz_grid import PfzSteps
+    from prismfield.export.compression.pfz_write import encode_pfz
     from prismfield.export.compression.sort_grid import sort_grid
     from prismfield.export.ply import read_ply
     from prismfield.train.cli import use_threads
@@ -83,8 +97,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=shared / "data")
     parser.add_argument("--run", type=Path, help="of the garden, trained already")
-    parser.add_argument("--only", nargs="*", choices=[*CASES, "million"], default=[*CASES, "million"])
+    parser.add_argument("--runs", type=Path, help="trainings of whole scenes, for the cases of those")
+    parser.add_argument("--only", nargs="*", choices=[*CASES, *WHOLE, "million"], default=[*CASES, "million"])
     options = parser.parse_args()
+    if options.runs is None and any(name in WHOLE for name in options.only):
+        parser.error("--runs is needed for " + ", ".join(name for name in options.only if name in WHOLE))
     table = json.loads(TABLE.read_text()) if TABLE.exists() else {}
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -97,6 +114,8 @@ def main() -> None:
         ):  # a command's peak memory starts at its parent's
             if name == "million":
                 found = million(options.data / "splats" / "flowers_lod3_inria.ply")
+            elif name in WHOLE:
+                found = measure(str(options.runs / WHOLE[name]), folder)
             else:
                 found = measure(CASES[name].replace("RUN", str(run)).replace("DATA", str(options.data)), folder)
             machine = f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors"

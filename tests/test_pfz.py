@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from prismfield.export.assets import SplatAsset
 from prismfield.export.compression.pfz import CHUNK, FIXED, MAX_CHUNK, decode_pfz, read_pfz, read_tables
 from prismfield.export.compression.pfz_coder import Encoder, plane_of
+from prismfield.export.compression.pfz_grid import PfzSteps, canonical, importance_of
 from prismfield.export.compression.pfz_models import Decoder
-from prismfield.export.compression.pfz_write import PfzSteps, canonical, chunks_of, encode_pfz, importance_of, write_pfz
+from prismfield.export.compression.pfz_write import chunks_of, encode_pfz, ranks_of, write_pfz
 from prismfield.export.ply import read_ply
 from prismfield.render import kernels as kernels_module
 
@@ -140,7 +141,7 @@ def test_any_prefix_is_a_coarser_scene() -> None:
     asset = splats(40000, 1)
     importance = importance_of(asset)
     data = encode_pfz(asset, PfzSteps(), importance)
-    chunks = chunks_of(asset, importance)
+    chunks = chunks_of(asset.means, ranks_of(importance))
     assert np.array_equal(np.sort(np.concatenate([rows for _, rows in chunks])), np.arange(40000))
     assert [rank for rank, _ in chunks] == [0, 1, 2, 3, 4]
     at, found = read_tables(data)[1], 0
@@ -176,7 +177,7 @@ def test_large_classes_are_cut_in_space() -> None:
         *(np.repeat(getattr(asset, n), 2**15, 0) for n in ("means", "quats", "scales", "opacities", "sh"))
     )
     many.means[:] += np.random.default_rng(0).normal(size=many.means.shape)
-    chunks = chunks_of(many, np.random.default_rng(0).random(len(many)))
+    chunks = chunks_of(many.means, ranks_of(np.random.default_rng(0).random(len(many))))
     assert max(len(rows) for _, rows in chunks) <= MAX_CHUNK
     last = [many.means[rows] for rank, rows in chunks if rank == chunks[-1][0]]
     assert len(last) >= 2 and all(np.ptp(part, 0).min() < np.ptp(many.means, 0).min() for part in last)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -16,6 +17,9 @@ if TYPE_CHECKING:
     from prismfield.export.assets import SplatAsset
     from prismfield.export.compression.compress import Compressor, Likeness, Result
 
+_ENDINGS = (".pfz", ".spz", ".sog", ".compressed.ply", ".splat")
+_PLAIN_SECONDS = 10.0  # between lines where there is no terminal
+
 
 @dataclass(frozen=True)
 class CompressConfig:
@@ -24,15 +28,24 @@ class CompressConfig:
     scene: Positional[Path]
     """A run's folder, or a file of splats."""
     to: Path
-    """The file, replaced if it is there; .pfz."""
+    """The file, replaced if it is there: .pfz, or .spz .sog .compressed.ply .splat, with fewer Gaussians and harmonics."""
     target_mb: float | None = None
     """Make it at most so large, in millions of bytes, and as like the original as can be."""
     target_psnr: float | None = None
     """Make it as small as can be, with at least so many decibels PSNR to the original's pictures."""
-    steps: float = 1.0
-    """Without a target: round everything to steps so many times as coarse as usual."""
+    steps: float | None = None
+    """Without a target, of a .pfz: round everything to steps so many times as coarse as usual; default 0.5, before
+    fine-tuning 0.6."""
     prune: float = 0.0
-    """Without a target: leave out this share of the Gaussians, the least important ones; 0 to below 1."""
+    """Leave out this share of the Gaussians, the least important ones, 0 to below 1; a target may leave out more. With
+    `--finetune-steps` they go bit by bit, while the others learn to do without."""
+    finetune_steps: int = 0
+    """Of a .pfz: train what it will hold for so many steps (1000 take one to two minutes), a run against its photographs, a
+    file against pictures of it; for `--target-psnr` both against pictures of the scene as it was."""
+    finetune_rate: float = 3e-4
+    """What a bit of each Gaussian costs in that training, in units of its loss; 0: only likeness counts."""
+    seed: int = 0
+    """Of that training: in which order it sees the photographs."""
     sh_degree: int = 3
     """Harmonics of at most this degree, 0 to 3."""
     sweep: Path | None = None
@@ -74,10 +87,12 @@ def compress(config: CompressConfig) -> dict[str, Any]:
 
     from prismfield.export.assets import SplatAsset
     from prismfield.export.compression.compress import Compressor, Likeness, contributions, cut_harmonics, drawable
-    from prismfield.export.compression.pfz_write import PfzSteps, write_encoded
+    from prismfield.export.compression.packing import PackingCompressor
+    from prismfield.export.compression.pfz_grid import PfzSteps
+    from prismfield.export.compression.pfz_write import write_encoded
     from prismfield.export.library import load
     from prismfield.train.cli import use_threads
-    from prismfield.train.folder import write_text
+    from prismfield.train.folder import write_bytes, write_text
 
     use_threads(config.threads)
     scene = load(config.scene, step=config.step)
@@ -89,23 +104,43 @@ def compress(config: CompressConfig) -> dict[str, Any]:
     console = Console(highlight=False, soft_wrap=True)
     likeness = Likeness(scene)
     asset = cut_harmonics(drawable(original), config.sh_degree)
-    compressor = Compressor(asset, contributions(scene, asset), likeness, PfzSteps())
+    importance = contributions(scene, asset)
+    is_ours = _is_ours(config)
+    compressor = (
+        Compressor(asset, importance, likeness, PfzSteps())
+        if is_ours
+        else PackingCompressor(asset, importance, likeness, config.to)
+    )
     if config.sweep is not None:
         _sweep(config.sweep, compressor, original, console)
     found = _find(config, compressor, console)
-    write_encoded(config.to, found.data)
-    numbers = _numbers(found, original, likeness)
+    untrained = None
+    if config.finetune_steps > 0:
+        untrained, found = found, _finetuned(config, compressor, found, console)
+    if is_ours:
+        write_encoded(config.to, found.data)
+    else:
+        config.to.parent.mkdir(parents=True, exist_ok=True)
+        write_bytes(config.to, found.data)  # read back already: `found.asset` is what was
+    numbers = _numbers(found, original, likeness, untrained)
     _print(console, config.to, numbers)
     if config.json is not None:
         write_text(config.json, json.dumps(numbers, indent=1) + "\n")
     return numbers
 
 
+def _is_ours(config: CompressConfig) -> bool:
+    return config.to.name.lower().endswith(".pfz")
+
+
 def _check(config: CompressConfig) -> None:
-    if config.to.suffix.lower() != ".pfz":
+    if not config.to.name.lower().endswith(_ENDINGS):
         raise ValueError(
-            f"--to {config.to}: unknown suffix {config.to.suffix!r}; expected .pfz (render-export writes others)"
+            f"--to {config.to}: unknown suffix {config.to.suffix!r}; expected {', '.join(_ENDINGS)} (render-export writes others)"
         )
+    if not _is_ours(config) and (config.steps is not None or config.finetune_steps):
+        name = "finetune-steps" if config.steps is None else "steps"
+        raise ValueError(f"--{name}: is of use for .pfz only, got --to {config.to}")
     if config.to.is_dir():
         raise IsADirectoryError(f"--to {config.to}: is a folder")
     if config.target_mb is not None and config.target_psnr is not None:
@@ -116,6 +151,9 @@ def _check(config: CompressConfig) -> None:
             raise ValueError(f"--{name}: expected more than 0, got {value:g}")
     if not 0 <= config.prune < 1:
         raise ValueError(f"--prune: expected 0 to below 1, got {config.prune:g}")
+    if config.finetune_steps < 0 or not 0 <= config.finetune_rate < 1:
+        name, value = ("steps", config.finetune_steps) if config.finetune_steps < 0 else ("rate", config.finetune_rate)
+        raise ValueError(f"--finetune-{name}: expected 0 or more, got {value:g}")
     if not 0 <= config.sh_degree <= 3:
         raise ValueError(f"--sh-degree: expected 0 to 3, got {config.sh_degree}")
     if config.sweep is not None:
@@ -129,11 +167,61 @@ def _find(config: CompressConfig, compressor: Compressor, console: Console) -> R
         words = f"{len(result.data) / 1e6:.3f} MB, {result.psnr:.2f} dB"
         console.print(f"{result.pruned:.0%} pruned: {words}", markup=False)
 
+    from prismfield.export.compression.compress import PRUNED
+
+    # Untrained, a search would never leave out what training can do without.
+    shares = [config.prune] if config.finetune_steps else [config.prune, *(s for s in PRUNED if s > config.prune)]
     if config.target_mb is not None:
-        return compressor.to_size(int(config.target_mb * 1e6), tell)
+        return compressor.to_size(int(config.target_mb * 1e6), tell, shares)
     if config.target_psnr is not None:
-        return compressor.to_psnr(config.target_psnr, tell)
-    return compressor.result(config.steps, config.prune)
+        return compressor.to_psnr(config.target_psnr, tell, shares)
+    return compressor.result(config.steps or (0.6 if config.finetune_steps else 0.5), config.prune)
+
+
+def _finetuned(config: CompressConfig, compressor: Compressor, found: Result, console: Console) -> Result:
+    """`found`, trained; as it was if that leads away from the target."""
+    from prismfield.export.compression.compress import Compressor
+    from prismfield.export.compression.pfz_grid import PfzSteps, importance_of
+
+    tuned = _trained(config, compressor, found)
+    if config.target_psnr is not None and tuned.psnr < min(config.target_psnr, found.psnr):
+        console.print(f"fine-tuned: {tuned.psnr:.2f} dB, less than asked for; not kept", markup=False)
+        return found
+    if config.target_mb is not None and len(tuned.data) > config.target_mb * 1e6:
+        again = Compressor(tuned.asset, importance_of(tuned.asset), compressor.likeness, PfzSteps())
+        return again.to_size(int(config.target_mb * 1e6), lambda _: None, [0.0])
+    return tuned
+
+
+def _trained(config: CompressConfig, compressor: Compressor, found: Result) -> Result:
+    """`found` after fine-tuning, with a bar for those who wait."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    from prismfield.export.compression.finetune import Finetuning, finetune
+
+    on_pictures = config.target_psnr is not None
+    rest = (config.finetune_rate, config.seed, config.step, on_pictures)
+    options = Finetuning(config.finetune_steps, found.pruned, *rest)
+    assert found.steps is not None
+    scene, importance = compressor.likeness.scene, compressor.importance
+    columns = (TextColumn("fine-tuning"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[words]}"))
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(f"fine-tuning: {options.steps} steps", markup=False)
+    began = spoken = time.perf_counter()
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+        task = bar.add_task("", total=options.steps, words="")
+
+        def tell(step: int, psnr: float, count: int) -> None:
+            nonlocal spoken
+            words = f"PSNR {psnr:.2f}  {count:,} Gaussians"
+            bar.update(task, completed=step, words=words)
+            if not console.is_terminal and time.perf_counter() > spoken + _PLAIN_SECONDS:
+                spoken = time.perf_counter()
+                console.print(f"step {step}/{options.steps}  {words}", markup=False)
+
+        data = finetune(scene, compressor.asset, importance, found.steps, options, tell)
+    return compressor.measured(data, found.steps, found.pruned, time.perf_counter() - began)
 
 
 def _sweep(path: Path, compressor: Compressor, original: SplatAsset, console: Console) -> None:
@@ -155,7 +243,9 @@ def _sweep(path: Path, compressor: Compressor, original: SplatAsset, console: Co
     console.print(f"{path}: likeness over size", markup=False)
 
 
-def _numbers(found: Result, original: SplatAsset, likeness: Likeness) -> dict[str, Any]:
+def _numbers(
+    found: Result, original: SplatAsset, likeness: Likeness, untrained: Result | None = None
+) -> dict[str, Any]:
     from prismfield.export.compression.compress import ratio
     from prismfield.export.ply import ply_bytes
     from prismfield.train.report import peak_memory
@@ -177,8 +267,16 @@ def _numbers(found: Result, original: SplatAsset, likeness: Likeness) -> dict[st
         "decode_seconds": found.decode_seconds,
         "peak_memory_mib": peak_memory() / 2**20,
         "pruned": found.pruned,
-        "steps": vars(found.steps),
+        **({} if found.steps is None else {"steps": vars(found.steps)}),
+        **({} if untrained is None else {"untrained": _of_untrained(untrained, likeness)}),
     }
+
+
+def _of_untrained(found: Result, likeness: Likeness) -> dict[str, Any]:
+    """The numbers of the same file without fine-tuning."""
+    photographs = likeness.to_photographs(found.asset)
+    words = {"photographs_after": photographs} if photographs else {}
+    return {"bytes": len(found.data), "psnr": found.psnr, "ssim": found.ssim, **words}
 
 
 def _print(console: Console, path: Path, numbers: dict[str, Any]) -> None:
@@ -194,6 +292,13 @@ def _print(console: Console, path: Path, numbers: dict[str, Any]) -> None:
         lines.append(
             f"to photos     {after['psnr']:.2f} dB PSNR, {after['ssim']:.4f} SSIM ({change} to the original's)"
         )
+    if "untrained" in numbers:
+        before = numbers["untrained"]
+        words = f"{before['bytes']:,} bytes, {before['psnr']:.2f} dB to the original"
+        if "photographs_after" in before:
+            lost = before["photographs_after"]["psnr"] - numbers["photographs_before"]["psnr"]
+            words += f", {before['photographs_after']['psnr']:.2f} dB to photos ({lost:+.2f} dB)"
+        lines.append(f"untrained     {words}")
     times = f"encoded in {numbers['encode_seconds']:.2f} s, decoded in {numbers['decode_seconds']:.2f} s"
     lines.append(f"time          {times}, peak memory {numbers['peak_memory_mib']:.0f} MiB")
     for line in lines:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from prismfield.datasets.views import Views
 from prismfield.export.assets import SplatAsset
 from prismfield.export.compression.pfz import decode_pfz
-from prismfield.export.compression.pfz_write import PfzSteps, encode_pfz, importance_of
+from prismfield.export.compression.pfz_grid import PfzSteps, importance_of
+from prismfield.export.compression.pfz_write import encode_pfz
 from prismfield.export.library import Scene, content_frame, render, scene_of
 from prismfield.export.ply import ply_bytes
 from prismfield.render.cameras import Cameras
@@ -41,7 +43,8 @@ class Result:
     psnr: float
     """Decibels to the original's pictures, over all pixels."""
     ssim: float
-    steps: PfzSteps
+    steps: PfzSteps | None
+    """Of a .pfz."""
     pruned: float
     """Share of the Gaussians that was left out."""
     encode_seconds: float
@@ -83,7 +86,7 @@ class Likeness:
         use_masks = run.config.data.masks
         return mean_scores(evaluate_views(shown.representation, views, self.scene.background, use_masks=use_masks))
 
-    def _draw(self, scene: Scene, camera: Cameras) -> torch.Tensor:
+    def _draw(self, scene: Scene, camera: Cameras) -> Tensor:
         with torch.no_grad():
             return render(scene, camera, self.scene.background).rgb.clamp(0, 1)
 
@@ -99,15 +102,29 @@ def contributions(scene: Scene, asset: SplatAsset) -> NDArray[np.float64]:
     """
     shown = scene_of(asset, scene.path, frame=scene.frame)
     color = shown.representation.sh0.requires_grad_(True)  # type: ignore[attr-defined]
-    weights = torch.zeros(len(asset), dtype=torch.float64)
-    for camera in _seeing_cameras(scene):
-        (gradient,) = torch.autograd.grad(render(shown, camera, scene.background).rgb.sum(), color)
-        weights += gradient[:, 0].double().abs().mean(1)
+    seen = blending_weights(lambda camera: render(shown, camera, scene.background).rgb, color, seeing_cameras(scene))
     color.requires_grad_(False)
-    seen, areas = weights.numpy(), importance_of(asset)
+    areas = importance_of(asset)
     # The areas of the largest say nothing: a sky is as wide as it is far.
     areas = np.minimum(areas, np.quantile(areas, 0.99) if len(areas) else 0)
     return seen / max(seen.mean(), 1e-30) + _UNSEEN * areas / max(areas.mean(), 1e-30)
+
+
+def blending_weights(
+    draw: Callable[[Cameras], Tensor], colors: Tensor, cameras: Iterable[Cameras]
+) -> NDArray[np.float64]:
+    """[N] sums over the pixels of all cameras.
+
+    Args:
+        draw: the picture that a camera sees.
+        colors: [N, ...] harmonics of degree 0 that it is made of, with a gradient.
+        cameras: one at a time.
+    """
+    weights = torch.zeros(len(colors), dtype=torch.float64)
+    for camera in cameras:
+        (gradient,) = torch.autograd.grad(draw(camera).sum(), colors)
+        weights += gradient.flatten(1).double().abs().mean(1)
+    return weights.numpy()
 
 
 def drawable(asset: SplatAsset) -> SplatAsset:
@@ -157,21 +174,28 @@ class Compressor:
     def result(self, factor: float, share: float) -> Result:
         """The file, read back and compared."""
         data, encoding = self.encode(factor, share)
-        began = time.perf_counter()
-        asset = decode_pfz(data)
-        decoding = time.perf_counter() - began
-        scores = self.likeness.compare(asset)
-        return Result(data, asset, *scores, self.steps.times(factor), share, encoding, decoding)
+        return self.measured(data, self.steps.times(factor), share, encoding)
 
-    def to_size(self, limit: int, tell: Callable[[Result], None]) -> Result:
-        """The likest file of at most `limit` bytes.
+    def decode(self, data: bytes) -> SplatAsset:
+        """What is read back."""
+        return decode_pfz(data)
+
+    def measured(self, data: bytes, steps: PfzSteps | None, share: float, seconds: float) -> Result:
+        """A file that was made of the asset, read back and compared; `seconds` is what making it took."""
+        began = time.perf_counter()
+        asset = self.decode(data)
+        decoding = time.perf_counter() - began
+        return Result(data, asset, *self.likeness.compare(asset), steps, share, seconds, decoding)
+
+    def to_size(self, limit: int, tell: Callable[[Result], None], shares: Sequence[float] = PRUNED) -> Result:
+        """The likest file of at most `limit` bytes, without one of the `shares` of the Gaussians.
 
         Raises:
             ValueError: the smallest that was tried is larger.
         """
         best: Result | None = None
         smallest = 0.0
-        for share in PRUNED:
+        for share in shares:
             factor, size = _search(lambda f, s=share: math.log(len(self.encode(f, s)[0])), math.log(limit), 0.02)  # type: ignore[misc]
             if size > math.log(limit):
                 smallest = math.exp(size)
@@ -187,17 +211,17 @@ class Compressor:
             )
         return best
 
-    def to_psnr(self, limit: float, tell: Callable[[Result], None]) -> Result:
-        """The smallest file at least `limit` decibels like the original.
+    def to_psnr(self, limit: float, tell: Callable[[Result], None], shares: Sequence[float] = PRUNED) -> Result:
+        """The smallest file at least `limit` decibels like the original, without one of the `shares` of the Gaussians.
 
         Raises:
             ValueError: the finest that was tried is not.
         """
         best: Result | None = None
         nearest = 0.0
-        for share in PRUNED:
+        for share in shares:
             pruned = taken(self.asset, pruned_rows(self.importance, share))
-            if share > 0 and self.likeness.compare(pruned)[0] < limit + 0.5:
+            if share > shares[0] and self.likeness.compare(pruned)[0] < limit + 0.5:
                 break
             results: dict[float, Result] = {}
 
@@ -283,7 +307,8 @@ def _measuring_cameras(scene: Scene) -> tuple[list[Cameras], str]:
     return chosen, f"{len(chosen)} {split} cameras" if split else f"{len(chosen)} cameras around it"
 
 
-def _seeing_cameras(scene: Scene) -> list[Cameras]:
+def seeing_cameras(scene: Scene) -> list[Cameras]:
+    """Those that say what is important: the training ones of a run, evenly chosen ones of many, or some all round."""
     cameras, _ = _photographs(scene, "train")
     return _some(cameras, _MOST_VIEWS) if cameras else _around(scene, (-0.3, 0.2, 0.7, 1.2), 8, 0.0)
 

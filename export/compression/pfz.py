@@ -29,22 +29,8 @@ CHUNK = struct.Struct("<IIIHBb")
 """bytes that follow, their CRC-32, Gaussians, lanes, octree level, quarters of a power of two on the steps of colour."""
 ANTIALIASED, UP_KNOWN = 1, 2
 MAX_CHUNK, MAX_DEPTH, MAX_TABLES, MAX_LANES = 1 << 16, 21, 1 << 18, 1 << 12
-PLANES = (
-    "occupancy",
-    "count",
-    "count_high",
-    "refine",
-    "scale",
-    "flat",
-    "thin",
-    "opacity",
-    "qx",
-    "qy",
-    "qz",
-    "c0",
-    "c1",
-    "c2",
-)
+_TURN, _HUES = ("qx", "qy", "qz"), ("c0", "c1", "c2")
+PLANES = ("occupancy", "count", "count_high", "refine", "scale", "flat", "thin", "opacity", *_TURN, *_HUES)
 """In this order in the header; planes of coefficients follow."""
 COLOR = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3.0], [2.0], [6.0]])
 """Rows: what c0, c1, c2 are of red, green and blue; orthonormal."""
@@ -116,11 +102,7 @@ def decode_pfz(data: bytes, *, partial: bool = False) -> SplatAsset:
     if not partial and len(found["means"]) != tables.count:
         raise ValueError(f"the header promises {tables.count} Gaussians, the chunks have {len(found['means'])}")
     single: dict[str, Any] = {name: values.astype(np.float32) for name, values in found.items()}
-    return SplatAsset(
-        **single,
-        up=tables.up,
-        antialiased=bool(tables.flags & ANTIALIASED),
-    )
+    return SplatAsset(**single, up=tables.up, antialiased=bool(tables.flags & ANTIALIASED))
 
 
 def read_tables(data: bytes) -> tuple[Tables, int]:
@@ -183,22 +165,9 @@ def _parse_tables(text: bytes, count: int, chunks: int, degree: int, rank: int, 
     if planes["occupancy"].low < 1 or planes["occupancy"].low + len(planes["occupancy"].prior) > 256:
         raise ValueError("the tables are damaged: plane occupancy cannot be")
     up = numbers[9:12] if flags & UP_KNOWN else None
-    low3, (extent, *steps) = np.array(numbers[:3]), numbers[3:9]
-    names = ("scale_low", "scale_step", "opacity_step", "color_step", "sh_step")
-    return Tables(
-        count=count,
-        chunks=chunks,
-        sh_degree=degree,
-        flags=flags,
-        low=low3,
-        extent=extent,
-        up=up,
-        depths=depths,
-        turns=turns,
-        basis=basis,
-        planes=planes,
-        **dict(zip(names, steps, strict=True)),
-    )
+    extent, *steps = numbers[3:9]
+    tables: tuple[Any, ...] = (up, depths, turns, basis, planes)
+    return Tables(count, chunks, degree, flags, np.array(numbers[:3]), extent, *steps, *tables)
 
 
 def _decode_chunk(tables: Tables, decoder: Decoder, count: int, level: int, coarser: float) -> dict[str, NDArray]:
@@ -216,12 +185,12 @@ def _decode_chunk(tables: Tables, decoder: Decoder, count: int, level: int, coar
     means = tables.low + (deinterleave(cells).astype(np.float64) + 0.5) * size[:, None]
     opacities = np.clip(plane("opacity") * tables.opacity_step, 0, 1)
     bits = tables.turns[np.clip(flat + thin, 0, len(tables.turns) - 1)].astype(np.int64)
-    turned = np.stack([plane(name, bits, 9) for name in ("qx", "qy", "qz")], 1)
+    turned = np.stack([plane(name, bits, 9) for name in _TURN], 1)
     xyz = turned / np.maximum(2 ** (bits - 1) - 1, 1)[:, None] / np.sqrt(2)
     w = np.sqrt(np.maximum(1 - np.square(xyz).sum(1), 0))
     quats = np.concatenate([w[:, None], xyz], 1)
     quats /= np.linalg.norm(quats, axis=1, keepdims=True)
-    colors = np.stack([plane(name) for name in ("c0", "c1", "c2")], 1) * (tables.color_step * coarser)
+    colors = np.stack([plane(name) for name in _HUES], 1) * (tables.color_step * coarser)
     sh = np.zeros((count, (tables.sh_degree + 1) ** 2, 3))
     sh[:, 0] = colors @ COLOR
     energy, coefficients = np.zeros(count, np.int64), np.zeros((count, len(tables.basis)))

@@ -139,39 +139,30 @@ class Decoder:
         symbols, contexts = np.zeros((steps, lanes), np.int64), np.zeros((steps, lanes), np.int64)
         average = np.full(lanes, (size - 1) * 8, np.int64)
         for start, stop in blocks(steps, lanes):
-            table = _slots(*counts.frequencies())
+            frequencies, below = counts.frequencies()
+            slots = np.stack([np.repeat(np.arange(size), row) for row in frequencies])
             for step in range(start, stop):
                 active = -(-(count - step) // steps)
                 row = known[step, :active] + near[average[:active] >> 4]
-                found = self._step(table, row, active)
+                found = self._step(slots, frequencies, below, row)
                 contexts[step, :active], symbols[step, :active] = row, found
                 average[:active] = (average[:active] + (found << 4)) >> 1
             if stop < steps:
                 counts.add(contexts[start:stop].ravel(), symbols[start:stop].ravel())
         return symbols.T.ravel()[:count]
 
-    def _step(self, table: NDArray[np.uint64], contexts: NDArray[np.int64], active: int) -> NDArray[np.int64]:
-        """One symbol of each of the first `active` lanes."""
-        states = self._states[:active].astype(np.uint64)
-        entry = table[(contexts << TOTAL_BITS) + (states & np.uint64(TOTAL - 1)).astype(np.int64)]
-        states = ((entry >> np.uint64(8)) & np.uint64(8191)) * (states >> np.uint64(TOTAL_BITS)) + (
-            entry >> np.uint64(21)
-        )
+    def _step(
+        self, slots: NDArray[np.int64], frequencies: NDArray[np.int64], below: NDArray[np.int64], row: NDArray[np.int64]
+    ) -> NDArray[np.int64]:
+        """One symbol of each of the first lanes, `row` their contexts; `slots` [contexts, 4096] says whose a state's low bits are."""
+        states = self._states[: len(row)].astype(np.int64)
+        slot = states & (TOTAL - 1)
+        symbols = slots[row, slot]
+        states = frequencies[row, symbols] * (states >> TOTAL_BITS) + slot - below[row, symbols]
         low = np.flatnonzero(states < STATE_MIN)
-        if len(low):
-            if self._at + len(low) > len(self._words):
-                raise ValueError("a chunk ends before its symbols do")
-            states[low] = (states[low] << np.uint64(16)) | self._words[self._at : self._at + len(low)].astype(np.uint64)
-            self._at += len(low)
-        self._states[:active] = states
-        return (entry & np.uint64(255)).astype(np.int64)
-
-
-def _slots(frequencies: NDArray[np.int64], below: NDArray[np.int64]) -> NDArray[np.uint64]:
-    """[contexts * 4096] what a state's low bits mean: symbol | frequency << 8 | (slot - what lies below) << 21."""
-    contexts, size = frequencies.shape
-    symbol = np.repeat(np.tile(np.arange(size), contexts), frequencies.ravel())
-    packed = (np.tile(np.arange(size), contexts) | frequencies.ravel() << 8).astype(np.uint64)
-    slot = np.tile(np.arange(TOTAL), contexts)
-    row = np.repeat(np.arange(contexts), TOTAL)
-    return packed[row * size + symbol] | (slot - below[row, symbol]).astype(np.uint64) << np.uint64(21)
+        if self._at + len(low) > len(self._words):
+            raise ValueError("a chunk ends before its symbols do")
+        states[low] = (states[low] << 16) | self._words[self._at : self._at + len(low)]
+        self._at += len(low)
+        self._states[: len(row)] = states
+        return symbols

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import struct
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from prismfield.export.assets import SplatAsset
-from prismfield.export.compression.curves import interleave
+from prismfield.export.compression.curves import interleave, morton_codes
 from prismfield.export.compression.pfz import (
     ANTIALIASED,
     CHUNK,
-    COLOR,
     ENERGY_CLASSES,
     FIXED,
     MAGIC,
@@ -27,47 +27,18 @@ from prismfield.export.compression.pfz import (
     POPULATION,
     UP_KNOWN,
     VERSION,
-    Tables,
     decode_pfz,
     energy_class,
     read_pfz,
 )
 from prismfield.export.compression.pfz_coder import Encoder, plane_of
+from prismfield.export.compression.pfz_grid import Grid, PfzSteps, Rounding, Values, grid_of, importance_of
 from prismfield.export.compression.pfz_models import Plane
 from prismfield.export.verify import write_verified
 
 Ints = NDArray[np.int64]
 _CLASSES = {"scale": 12, "flat": 6, "thin": 6, "opacity": 6, "c0": 16, "c1": 10, "c2": 10}
 _LANES, _SYMBOLS_A_LANE = 256, 64
-
-
-@dataclass(frozen=True)
-class PfzSteps:
-    """How coarsely each attribute is rounded. Twice the steps: about a bit less of each number."""
-
-    position: float = 0.35
-    """Side of the cell that a Gaussian is put into, in standard deviations (geometric mean of the two larger ones), at most."""
-    scale: float = 0.22
-    """Of the logarithm of a standard deviation."""
-    flattest: float = 150.0
-    """The largest standard deviation by the smallest is at most that."""
-    opacity: float = 0.04
-    turn: float = 0.4
-    """Of a quaternion's component, of a Gaussian twice as long as wide; finer in proportion for longer ones."""
-    color: float = 0.12
-    """Of a harmonic of degree 0; 0.28 times that in a channel's value."""
-    sh: float = 0.07
-    """Of a coefficient of the higher ones."""
-    dead: float = 0.05
-    """What a coefficient of the higher harmonics is short of the middle between two steps and still goes down."""
-    chunk_factor: float = 1.5
-    """Steps of colour of each further class of importance, by those of the class before."""
-
-    def times(self, factor: float) -> PfzSteps:
-        """All of them coarser, or finer."""
-        names = ("position", "scale", "opacity", "turn", "color", "sh")
-        values = {name: getattr(self, name) * factor for name in names}
-        return PfzSteps(**(vars(self) | values))
 
 
 def encode_pfz(asset: SplatAsset, steps: PfzSteps, importance: NDArray | None = None) -> bytes:
@@ -80,15 +51,29 @@ def encode_pfz(asset: SplatAsset, steps: PfzSteps, importance: NDArray | None = 
     """
     if importance is None:
         importance = importance_of(asset)
-    chosen = chunks_of(asset, importance)
-    raw, tables = _round(asset, steps, importance)
-    coded = [_prepare(raw, rows, tables, steps, rank) for rank, rows in chosen]
-    planes = {
-        name: _plane(name, [chunk.planes.get(name, ()) for chunk in coded])
-        for name in (*PLANES, *raw.coefficient_names)
-    }
-    tables = _Tables(**(vars(tables) | {"planes": planes, "chunks": len(coded)}))
-    return _header(tables) + b"".join(_encode_chunk(chunk, tables) for chunk in coded)
+    values, grid = grid_of(asset, steps, importance)
+    ranks = ranks_of(importance)
+    symbols = Rounding(grid, torch.float64).symbols(values, torch.from_numpy(2.0 ** (grid.finer(ranks) / 4)))
+    return encode_symbols(symbols, ranks, grid, asset)
+
+
+def encode_symbols(symbols: Values, ranks: Ints, grid: Grid, like: SplatAsset) -> bytes:
+    """The bytes of a .pfz.
+
+    Args:
+        symbols: of N Gaussians, N >= 1, as `Rounding.symbols` gives them.
+        ranks: [N] their classes of importance.
+        grid: what they were rounded to, in the user's frame.
+        like: has the same degree of harmonics, direction up and way of drawing.
+    """
+    found = _Symbols.of(symbols)
+    scale_end, turn_end = 2 * int(found.scale.max()) + 1, int((found.flat + found.thin).max()) + 1
+    grid = replace(grid, depths=grid.depths[:scale_end], turns=grid.turns[:turn_end])
+    coded = [_prepare(found, rows, int(grid.finer(np.array(rank)))) for rank, rows in chunks_of(found.place, ranks)]
+    names = (*PLANES, *(f"h{i}" for i in range(len(grid.codes))))
+    planes = {name: _plane(name, [chunk.planes.get(name, ()) for chunk in coded]) for name in names}
+    body = b"".join(_encode_chunk(chunk, planes) for chunk in coded)
+    return _header(grid, planes, len(found.scale), len(coded), like) + body
 
 
 def write_pfz(path: Path, asset: SplatAsset, steps: PfzSteps | None = None, importance: NDArray | None = None) -> None:
@@ -117,38 +102,51 @@ def _write_bytes(path: Path, data: bytes) -> None:
     path.write_bytes(data)
 
 
-def importance_of(asset: SplatAsset) -> NDArray[np.float64]:
-    """[N] opacity times the area of the ellipse of the two larger standard deviations."""
-    scales = np.sort(asset.scales.astype(np.float64), 1)
-    return asset.opacities * scales[:, 1] * scales[:, 2]
-
-
-def chunks_of(asset: SplatAsset, importance: NDArray) -> list[tuple[int, NDArray[np.int64]]]:
-    """(class of importance, its Gaussians), the most important first: classes double in size, large ones are cut in space."""
-    count = len(asset)
+def ranks_of(importance: NDArray) -> Ints:
+    """[N] classes of importance, the most important 0; each is as large as all before it."""
+    count = len(importance)
+    ranks = np.zeros(count, np.int64)
     order = np.argsort(-importance, kind="stable")
-    start = 0
+    start = rank = 0
     size = max(count // 16, min(count, 2048))
-    found = []
-    rank = 0
     while start < count:
         stop = min(count, max(start + size, 2 * start))
         if count - stop < size:
             stop = count
-        rows = order[start:stop]
-        means = asset.means[rows].astype(np.float64)
-        span = max(float(np.ptp(means, 0).max()), 1e-30)
-        along = np.argsort(
-            interleave(((means - means.min(0)) / span * ((1 << MAX_DEPTH) - 1)).astype(np.uint64)), kind="stable"
-        )
-        found += [(rank, np.sort(part)) for part in np.array_split(rows[along], -(-len(rows) // MAX_CHUNK))]
+        ranks[order[start:stop]] = rank
         start, rank = stop, rank + 1
-    return found
+    return ranks
 
 
-class _Raw(NamedTuple):
-    """Of all Gaussians: what is rounded, before it is."""
+def chunks_of(means: NDArray, ranks: Ints) -> list[tuple[int, Ints]]:
+    """(class of importance, its rows), the most important first; large classes are cut in space."""
+    found = []
+    for rank in range(int(ranks.max(initial=0)) + 1):
+        rows = np.flatnonzero(ranks == rank)
+        along = np.argsort(morton_codes(means[rows]), kind="stable")
+        found += [(rank, np.sort(part)) for part in np.array_split(rows[along], -(-len(rows) // MAX_CHUNK))]
+    return [(rank, rows) for rank, rows in found if len(rows)]
 
+
+def levels_of(symbols: Values, ranks: Ints) -> NDArray[np.int64]:
+    """[N] octree level of the cells of each Gaussian's chunk."""
+    found = _Symbols.of(symbols)
+    levels = np.zeros(len(ranks), np.int64)
+    for _, rows in chunks_of(found.place, ranks):
+        levels[rows] = _level(np.sort(found.cells[rows]), found.depth[rows])
+    return levels
+
+
+def file_order(symbols: Values, ranks: Ints) -> Ints:
+    """[N] the rows in the order in which a reader gets them."""
+    found = _Symbols.of(symbols)
+    return np.concatenate([_sorted(found, rows) for _, rows in chunks_of(found.place, ranks)])
+
+
+class _Symbols(NamedTuple):
+    """Whole numbers of all Gaussians; see `Rounding.symbols`."""
+
+    place: NDArray
     cells: NDArray[np.uint64]
     """[N] Morton codes of the deepest level."""
     scale: Ints
@@ -157,147 +155,16 @@ class _Raw(NamedTuple):
     depth: Ints
     bits: Ints
     opacity: Ints
-    turned: NDArray
-    """[N, 3] quaternion components."""
-    colors: NDArray
-    """[N, 3]"""
-    coefficients: NDArray
-    """[N, rank]"""
-    coefficient_names: list[str]
+    turned: Ints
+    colors: Ints
+    coefficients: Ints
 
-
-def _round(asset: SplatAsset, steps: PfzSteps, importance: NDArray) -> tuple[_Raw, _Tables]:
-    means = asset.means.astype(np.float64)
-    low = means.min(0).astype(np.float32).astype(np.float64)
-    extent = float(np.float32(max(float((means - low).max()) * 1.0001, 1e-12)))
-    quats, scales = canonical(asset.quats.astype(np.float64), asset.scales.astype(np.float64))
-    largest = np.maximum(scales[:, 0], extent * 1e-6)
-    ln_scales = np.log(np.maximum(np.maximum(scales, largest[:, None] / steps.flattest), 1e-30))
-    scale_step = max(steps.scale, float(np.ptp(ln_scales[:, 0])) / 250)
-    scale_low = float(ln_scales[:, 0].min())
-    rounded = np.round((ln_scales - scale_low) / scale_step).astype(np.int64)
-    scale, flat, thin = rounded[:, 0], rounded[:, 0] - rounded[:, 1], rounded[:, 1] - rounded[:, 2]
-    sizes = np.arange(2 * scale.max() + 1) / 2 * scale_step + scale_low  # ln of what `position` refers to
-    depths = np.clip(np.ceil(np.log2(extent / steps.position) - sizes / np.log(2)), 1, MAX_DEPTH).astype(np.uint8)
-    ratios = np.exp(np.arange((flat + thin).max() + 1) * scale_step)
-    # Nothing is seen of how a sphere is turned; of a needle, its width is a share of its length.
-    turns = np.clip(np.ceil(np.log2(np.maximum((ratios - 1 / ratios) / 1.5 / steps.turn, 1))) + 1, 1, 8).astype(
-        np.uint8
-    )
-    cells = interleave(np.clip((means - low) / extent * (1 << MAX_DEPTH), 0, (1 << MAX_DEPTH) - 1).astype(np.uint64))
-    bits = turns[flat + thin].astype(np.int64)
-    opacity_step = max(steps.opacity, 1 / 255)
-    opacity = np.round(asset.opacities.astype(np.float64) / opacity_step).astype(np.int64)
-    opacity = np.maximum(opacity, 1)
-    rest = asset.sh[:, 1:].reshape(len(asset), -1).astype(np.float64)
-    basis, norms = _basis(rest, importance, steps.sh)
-    coefficients = (
-        rest @ np.linalg.pinv(basis * (norms / 127)[:, None].astype(np.float64))
-        if len(basis)
-        else np.zeros((len(asset), 0))
-    )
-    colors = asset.sh[:, 0].astype(np.float64) @ COLOR.T
-    color_step = max(steps.color, _range(colors) / 250)
-    sh_step = max(steps.sh, _range(coefficients) / 250)
-    names = [f"h{i}" for i in range(len(basis))]
-    raw = _Raw(
-        cells,
-        scale,
-        flat,
-        thin,
-        depths[np.maximum(2 * scale - flat, 0)].astype(np.int64),
-        bits,
-        opacity,
-        quats[:, 1:],
-        colors,
-        coefficients,
-        names,
-    )
-    numbers = {"scale_low": scale_low, "scale_step": scale_step, "opacity_step": opacity_step}
-    numbers |= {"color_step": color_step, "sh_step": sh_step}
-    tables = _Tables(
-        count=len(asset),
-        chunks=0,
-        sh_degree=asset.sh_degree,
-        flags=ANTIALIASED * asset.antialiased + UP_KNOWN * (asset.up is not None),
-        low=low,
-        extent=extent,
-        up=asset.up,
-        depths=depths,
-        turns=turns,
-        basis=basis.astype(np.float64) * (norms / 127)[:, None],
-        planes={},
-        codes=basis,
-        norms=norms,
-        **{name: float(np.float32(value)) for name, value in numbers.items()},
-    )
-    return raw, tables
-
-
-def _range(values: NDArray) -> float:
-    """Of all but the farthest 1 in 10,000 of each column, the widest."""
-    if values.size == 0:
-        return 0.0
-    low, high = np.quantile(values, [1e-4, 1 - 1e-4], axis=0)
-    return float((high - low).max())
-
-
-def canonical(quats: NDArray, scales: NDArray) -> tuple[NDArray, NDArray]:
-    """The same ellipsoids with scales that fall and w the largest component of the quaternion: of 24 ways to write one, this."""
-    order = np.argsort(-scales, 1, kind="stable")
-    matrix = np.take_along_axis(_matrices(quats), order[:, None], 2)
-    matrix[:, :, 2] *= np.sign(np.linalg.det(matrix))[:, None]
-    found = _quaternions(matrix)
-    w, x, y, z = found.T
-    turned = np.stack([found, np.stack([x, -w, -z, y], 1), np.stack([y, z, -w, -x], 1), np.stack([z, -y, x, -w], 1)], 1)
-    best = np.abs(found).argmax(1)
-    found = turned[np.arange(len(found)), best]
-    return found * np.where(found[:, :1] < 0, -1, 1), np.take_along_axis(scales, order, 1)
-
-
-def _matrices(quats: NDArray) -> NDArray:
-    w, x, y, z = quats.T
-    rows = [
-        [1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)],
-        [2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)],
-        [2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)],
-    ]
-    return np.stack([np.stack(row, -1) for row in rows], -2)
-
-
-def _quaternions(m: NDArray) -> NDArray:
-    """[N, 4] of rotation matrices: the row of q q^T with the largest diagonal, for accuracy."""
-    trace = m[:, 0, 0] + m[:, 1, 1] + m[:, 2, 2]
-    diagonal = np.stack([1 + trace, *(1 - trace + 2 * m[:, i, i] for i in range(3))], 1)
-    a, b, c = m[:, 2, 1] - m[:, 1, 2], m[:, 0, 2] - m[:, 2, 0], m[:, 1, 0] - m[:, 0, 1]
-    d, e, f = m[:, 0, 1] + m[:, 1, 0], m[:, 0, 2] + m[:, 2, 0], m[:, 1, 2] + m[:, 2, 1]
-    g = diagonal.T
-    rows = np.stack(
-        [np.stack(row, 1) for row in ((g[0], a, b, c), (a, g[1], d, e), (b, d, g[2], f), (c, e, f, g[3]))], 1
-    )
-    found = rows[np.arange(len(m)), diagonal.argmax(1)]
-    return found / np.linalg.norm(found, axis=1, keepdims=True)
-
-
-def _basis(rest: NDArray, importance: NDArray, step: float) -> tuple[NDArray[np.int8], NDArray[np.float32]]:
-    """The directions along which harmonics vary most, and that a step resolves: ([rank, terms] of -127..127, [rank] of 127)."""
-    if rest.shape[1] == 0 or not rest.any():
-        return np.zeros((0, rest.shape[1]), np.int8), np.zeros(0, np.float32)
-    weights = np.sqrt(importance.astype(np.float64) + 1e-12 * importance.max(initial=0) + 1e-300)
-    covariance = (rest * (weights / weights.sum())[:, None]).T @ rest
-    variances, directions = np.linalg.eigh(covariance)
-    kept = np.flatnonzero(variances > (0.2 * step) ** 2)[::-1]
-    directions = directions[:, kept].T
-    norms = np.abs(directions).max(1, initial=1e-12).astype(np.float32)
-    return np.round(directions / norms[:, None] * 127).astype(np.int8), norms
-
-
-@dataclass(frozen=True)
-class _Tables(Tables):
-    codes: NDArray[np.int8]
-    """[rank, terms] the basis as it is stored, -127..127."""
-    norms: NDArray[np.float32]
-    """[rank] what 127 stands for."""
+    @classmethod
+    def of(cls, symbols: Values) -> _Symbols:
+        arrays = {name: tensor.detach().cpu().numpy() for name, tensor in symbols.items()}
+        place = arrays.pop("place")
+        cells = interleave((place * place.dtype.type(1 << MAX_DEPTH)).astype(np.uint64))
+        return cls(place, cells, **{name: array.astype(np.int64) for name, array in arrays.items()})
 
 
 @dataclass(frozen=True)
@@ -309,37 +176,33 @@ class _Chunk:
     """Values, contexts and how many contexts, in order."""
 
 
-def _prepare(raw: _Raw, rows: NDArray[np.int64], tables: Tables, steps: PfzSteps, rank: int) -> _Chunk:
-    rows = rows[np.argsort(raw.cells[rows], kind="stable")]
-    depth = raw.depth[rows]
-    level = _level(raw.cells[rows], depth)
+def _prepare(symbols: _Symbols, rows: Ints, finer: int) -> _Chunk:
+    rows = _sorted(symbols, rows)
+    cells, depth, bits = symbols.cells[rows], symbols.depth[rows], symbols.bits[rows]
+    level = _level(cells, depth)
     depth = np.maximum(depth, level)
-    finer = round(4 * rank * float(np.log2(steps.chunk_factor)))
-    coarser = 2.0 ** (finer / 4)
     planes: dict[str, list[tuple[Ints, Ints | None, int]]] = {}
-    _plan_cells(planes, raw.cells[rows], level)
-    for name in ("scale", "flat", "thin"):
-        planes[name] = [(getattr(raw, name)[rows], None, 1)]
+    _plan_cells(planes, cells, level)
+    for name in ("scale", "flat", "thin", "opacity"):
+        planes[name] = [(getattr(symbols, name)[rows], None, 1)]
     planes["refine"] = []
     for step in range(int((depth - level).max(initial=0))):
-        some = depth - level > step
         shift = 3 * (MAX_DEPTH - level - step - 1)
-        planes["refine"].append(((raw.cells[rows][some] >> np.uint64(shift) & np.uint64(7)).astype(np.int64), None, 1))
-    planes["opacity"] = [(raw.opacity[rows], None, 1)]
-    bits = raw.bits[rows]
-    turned = np.round(raw.turned[rows] * (np.sqrt(2) * (2 ** (bits - 1) - 1))[:, None]).astype(np.int64)
-    for i, name in enumerate(("qx", "qy", "qz")):
-        planes[name] = [(turned[:, i], bits, 9)]
-    colors = np.clip(np.round(raw.colors[rows] / (tables.color_step * coarser)), -127, 127).astype(np.int64)
+        some = cells[depth - level > step] >> np.uint64(shift) & np.uint64(7)
+        planes["refine"].append((some.astype(np.int64), None, 1))
     for i in range(3):
-        planes[f"c{i}"] = [(colors[:, i], None, 1)]
+        planes["q" + "xyz"[i]] = [(symbols.turned[rows, i], bits, 9)]
+        planes[f"c{i}"] = [(symbols.colors[rows, i], None, 1)]
     energy = np.zeros(len(rows), np.int64)
-    for i, name in enumerate(raw.coefficient_names):
-        scaled = raw.coefficients[rows, i] / (tables.sh_step * coarser)
-        found = (np.sign(scaled) * np.floor(np.minimum(np.abs(scaled) + 0.5 - steps.dead, 127))).astype(np.int64)
-        planes[name] = [(found, energy_class(energy), ENERGY_CLASSES)]
+    for i in range(symbols.coefficients.shape[1]):
+        found = symbols.coefficients[rows, i]
+        planes[f"h{i}"] = [(found, energy_class(energy), ENERGY_CLASSES)]
         energy = energy + np.abs(found)
     return _Chunk(level, len(rows), finer, planes)
+
+
+def _sorted(symbols: _Symbols, rows: Ints) -> Ints:
+    return rows[np.argsort(symbols.cells[rows], kind="stable")]
 
 
 def _level(cells: NDArray[np.uint64], depth: Ints) -> int:
@@ -391,25 +254,25 @@ _ORDER = (
 )
 
 
-def _encode_chunk(chunk: _Chunk, tables: Tables) -> bytes:
+def _encode_chunk(chunk: _Chunk, planes: dict[str, Plane]) -> bytes:
     lanes = max(1, min(_LANES, chunk.count // _SYMBOLS_A_LANE))
     encoder = Encoder(lanes)
-    for name in (*_ORDER, *(name for name in chunk.planes if name not in _ORDER)):
+    for name in (*_ORDER, *(name for name in planes if name not in _ORDER)):
         for values, given, givens in chunk.planes[name]:
-            encoder.plane(tables.planes[name], values, given, givens)
+            encoder.plane(planes[name], values, given, givens)
     body = encoder.finish()
     return CHUNK.pack(len(body), zlib.crc32(body), chunk.count, lanes, chunk.level, chunk.finer) + body
 
 
-def _header(tables: _Tables) -> bytes:
-    up = tables.up or (0.0, 0.0, 0.0)
-    steps = (tables.scale_low, tables.scale_step, tables.opacity_step, tables.color_step, tables.sh_step)
-    text = NUMBERS.pack(*tables.low, tables.extent, *steps, *up, 0.0)
-    for table in (tables.depths, tables.turns):
+def _header(grid: Grid, planes: dict[str, Plane], count: int, chunks: int, like: SplatAsset) -> bytes:
+    steps = (grid.scale_low, grid.scale_step, grid.opacity_step, grid.color_step, grid.sh_step)
+    text = NUMBERS.pack(*grid.low, grid.extent, *steps, *(like.up or (0.0, 0.0, 0.0)), 0.0)
+    for table in (grid.depths, grid.turns):
         text += struct.pack("<H", len(table)) + table.tobytes()
-    text += tables.norms.astype("<f4").tobytes() + tables.codes.tobytes()
-    for plane in tables.planes.values():
+    text += grid.norms.astype("<f4").tobytes() + grid.codes.tobytes()
+    for plane in planes.values():
         text += struct.pack("<hBB", plane.low, len(plane.prior) - 1, plane.classes) + plane.prior.tobytes()
     packed = zlib.compress(text, 9)
-    fixed = (tables.count, tables.chunks, tables.sh_degree, len(tables.codes), 0, len(packed), len(text))
-    return FIXED.pack(MAGIC, VERSION, tables.flags, *fixed) + packed
+    flags = ANTIALIASED * like.antialiased + UP_KNOWN * (like.up is not None)
+    fixed = (count, chunks, like.sh_degree, len(grid.codes), 0, len(packed), len(text))
+    return FIXED.pack(MAGIC, VERSION, flags, *fixed) + packed

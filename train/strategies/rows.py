@@ -29,6 +29,12 @@ def keep_rows(scene: nn.Module, optimizer: torch.optim.Optimizer, keep: Tensor) 
 
 
 @torch.no_grad()
+def order_rows(scene: nn.Module, optimizer: torch.optim.Optimizer, order: Tensor) -> None:
+    """Put the primitives into another order: `order` [N] has the place of each now."""
+    _exchange(scene, optimizer, lambda values, _name, _moment: values[order])
+
+
+@torch.no_grad()
 def append_rows(
     scene: nn.Module, optimizer: torch.optim.Optimizer, rows: dict[str, Tensor], parents: Tensor | None = None
 ) -> None:
