@@ -221,13 +221,7 @@ def test_what_is_refused(made: tuple[SplatAsset, Path], tmp_path: Path) -> None:
 
 
 def test_splat_transform_reads_it(made: tuple[SplatAsset, Path], tmp_path: Path) -> None:
-    """Version 3 the whole, versions before it a chunk."""
     _, folder = made
-    major = int(re.findall(r"splat-transform v(\d+)\.", splat_transform("--version"))[0])
-    if major < 3:
-        splat_transform(folder / "2_0" / "meta.json", tmp_path / "seen.ply")
-        assert_same_look(read_ply(tmp_path / "seen.ply"), without_up(read_streamed(folder, 2)))
-        return
     splat_transform("--select-lod", 1, folder / "lod-meta.json", tmp_path / "seen.ply")
     ours = read_streamed(folder, 1)
     assert_same_look(matched(ours, read_ply(tmp_path / "seen.ply")), without_up(ours))

@@ -1,6 +1,7 @@
-// node validate_gltf.js NODE_MODULES FILE.glb: the report of Khronos's validator on standard output, as JSON.
-const { createRequire } = require('module');
+// node validate_gltf.js FILE.glb: the report of Khronos's validator on standard output, as JSON.
+const { join } = require('path');
 const { readFileSync } = require('fs');
-const [modules, file] = process.argv.slice(2);
-const validator = createRequire(modules + '/')('gltf-validator');
-validator.validateBytes(new Uint8Array(readFileSync(file)), { maxIssues: 0 }).then((report) => console.log(JSON.stringify(report)));
+const modules = process.env.PRISMFIELD_NODE_MODULES || join(__dirname, 'node_modules');
+const validator = require(join(modules, 'gltf-validator'));
+const file = new Uint8Array(readFileSync(process.argv[2]));
+validator.validateBytes(file, { maxIssues: 0 }).then((report) => console.log(JSON.stringify(report)));
