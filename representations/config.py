@@ -55,7 +55,7 @@ class CompactConfig:
     sog: bool = False
     """Sort the Gaussians into a grid once none are added any more, and make neighbours alike (Self-Organizing Gaussian Grids,
     arXiv:2312.13299): pictures of their properties, as in a .sog, become smooth."""
-    sog_weight: float = 1e-2
+    sog_weight: float = 3e-2
     """Weight in the loss of how much they differ."""
 
     @property

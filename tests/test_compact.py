@@ -12,8 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from prismfield.datasets.base import SceneFrame
+from prismfield.export.assets import SplatAsset
 from prismfield.export.cli import ExportConfig, OutputOptions, export
 from prismfield.export.library import load
+from prismfield.export.rows import morton_order
+from prismfield.export.sog import read_sog, write_sog
 from prismfield.render.cameras import Cameras
 from prismfield.render.sort_grid import grid_width, neighbor_distance
 from prismfield.representations.compact import SMOOTHED_EVERY, CompactGaussians
@@ -279,6 +283,24 @@ class TestGrid:
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """80 steps without a break."""
     return trained_once(tmp_path_factory, "compact", *_COMMON.split())
+
+
+def test_a_sog_keeps_the_order_of_a_grid(tmp_path: Path) -> None:
+    """Where neighbours in it are alike; else rows lie along a curve."""
+    grid = make_scene(400)
+    along = torch.linspace(-1, 1, 400)
+    grid.log_scales.data[:] = along[:, None] - 3
+    grid.sh0.data[:] = along[:, None, None]
+    grid.opacity_logits.data[:] = along
+    frame = SceneFrame(scale=1.0, center=(0.0, 0.0, 0.0))
+    asset = SplatAsset.from_scene(grid, frame)
+    shuffled = asset.take(np.random.default_rng(0).permutation(400))
+    for name, given, is_kept in (("grid", asset, True), ("mixed", shuffled, False)):
+        write_sog(tmp_path / f"{name}.sog", given)
+        means = read_sog(tmp_path / f"{name}.sog").means
+        assert np.allclose(means, given.means, atol=1e-3) == is_kept
+        order = morton_order(given.means)
+        assert np.allclose(means, given.means[order], atol=1e-3) != is_kept
 
 
 def test_a_run_in_two_parts_is_the_run_in_one(run: Path, tmp_path: Path) -> None:
