@@ -63,8 +63,8 @@ def million(path: Path) -> dict[str, Any]:
     from prismfield.export.compression.pfz import decode_pfz
     from prismfield.export.compression.pfz_grid import PfzSteps
     from prismfield.export.compression.pfz_write import encode_pfz
-    from prismfield.export.compression.sort_grid import sort_grid
     from prismfield.export.ply import read_ply
+    from prismfield.render.sort_grid import sort_grid
     from prismfield.train.cli import use_threads
     from prismfield.train.report import peak_memory
 

@@ -20,10 +20,12 @@ from prismfield.export.reading import naming, numbers
 from prismfield.export.rows import morton_order, pieces
 from prismfield.export.sog_files import META, Files, open_files, read_meta, read_pixels, write_files
 from prismfield.export.verify import write_verified
+from prismfield.render.sort_grid import grid_width, neighbor_distance
 
 _A_ROW = 64  # palette entries in a row of their picture
 _MAX_PALETTE, _MAX_COUNT = 1 << 16, 1 << 28
 _TERMS = (0, 3, 8, 15)  # harmonics above degree 0
+_ALIKE = 0.3  # squared distance to neighbours in a grid, to that along a curve, from which on the grid's pictures are smaller
 _QUAT_TAG = 252  # plus the index of the largest component
 
 
@@ -55,7 +57,7 @@ def default_palette(count: int) -> int:
 
 
 def write_sog(path: Path, asset: SplatAsset, palette_size: int | None = None, *, is_ordered: bool = False) -> None:
-    """Write along a Z-order curve, read back and compare before it takes the name `path`.
+    """Write along a Z-order curve, or in the order of a grid that they were trained in; read back and compare before it takes the name `path`.
 
     Harmonics above degree 0 are shared: each Gaussian has one of the palette's. Scales, colours and the palette's values each
     come from 256 numbers. Degrees in which all is 0 are left out.
@@ -127,7 +129,7 @@ def _plan(asset: SplatAsset, palette_size: int | None, is_ordered: bool) -> _Pla
     degree = next((d for d in range(asset.sh_degree, 0, -1) if asset.sh[:, d**2 : (d + 1) ** 2].any()), 0)
     asset = replace(asset.at_degree(degree), extra={})
     if not is_ordered:
-        asset = asset.take(morton_order(asset.means))
+        asset = asset.take(_order(asset))
     rest = asset.sh[:, 1:]
     if degree:
         vectors = np.ascontiguousarray(rest.reshape(len(asset), -1))
@@ -140,9 +142,22 @@ def _plan(asset: SplatAsset, palette_size: int | None, is_ordered: bool) -> _Pla
     return _Plan(asset, codebook(asset.log_scales), codebook(asset.sh[:, 0]), book, entries, labels)
 
 
+def _order(asset: SplatAsset) -> NDArray[np.int64]:
+    """Along a Z-order curve; or as they come, where that is the order of a grid in which neighbours are more alike.
+
+    Scenes trained with `--compact.sog` come so. Of all that is written, only positions compress better along the curve.
+    """
+    along = morton_order(asset.means)
+    values = np.concatenate([asset.log_scales, asset.sh[:, 0], asset.opacities[:, None]], 1)
+    values = values / np.maximum(values.std(0), 1e-12)
+    width = grid_width(len(asset))
+    as_they_come = neighbor_distance(values, width)
+    return along if as_they_come > _ALIKE * neighbor_distance(values[along], width) else np.arange(len(asset))
+
+
 def _picture(values: NDArray) -> NDArray[np.uint8]:
     """[H, W, 4] with `values` [N, 3 or 4] as its first pixels, opaque where they have no fourth."""
-    width = -(-int(np.ceil(np.sqrt(len(values)))) // 4) * 4
+    width = grid_width(len(values))
     height = -(-len(values) // (4 * width)) * 4
     pixels = np.zeros((height * width, 4), np.uint8)
     pixels[:, 3] = 255

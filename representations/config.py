@@ -40,6 +40,30 @@ class GaussiansConfig:
         return _degree_at(self.sh_degree, self.sh_interval, progress)
 
 
+@dataclass(frozen=True)
+class CompactConfig:
+    """Gaussians trained to become a small file (docs/compact.md); only with "gaussians"."""
+
+    prune: float = 0.0
+    """Share of the Gaussians to drop once none are added any more: those without which the pictures lose least."""
+    masks: bool = False
+    """Learn which Gaussians the pictures can do without, and drop them (Compact 3D Gaussian Splatting, arXiv:2311.13681)."""
+    mask_weight: float = 5e-3
+    """Weight of the mean of the masks in the loss: the more, the fewer Gaussians stay."""
+    mask_lr: float = 5e-2
+    """Learning rate of the masks."""
+    sog: bool = False
+    """Sort the Gaussians into a grid once none are added any more, and make neighbours alike (Self-Organizing Gaussian Grids,
+    arXiv:2312.13299): pictures of their properties, as in a .sog, become smooth."""
+    sog_weight: float = 3e-2
+    """Weight in the loss of how much they differ."""
+
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The options that are on."""
+        return tuple(name for name in ("prune", "masks", "sog") if getattr(self, name))
+
+
 RATED_SIZE = 0.1
 """Distance of a convex's points from its centre, scene units, at which they have the learning rate of its config."""
 

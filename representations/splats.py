@@ -133,14 +133,12 @@ class Splats(nn.Module):
 
     def param_groups(self) -> list[dict[str, Any]]:
         """One group a parameter, with the rates of the config."""
-        groups: list[dict[str, Any]] = []
-        for name, parameter in self.named_parameters():
-            group = {"name": name, "params": [parameter], "lr": getattr(self.config, f"{name}_lr")}
-            for key, option in (("lr_final", f"{name}_lr_final"), ("every", f"{name}_every")):
-                if hasattr(self.config, option):
-                    group[key] = getattr(self.config, option)
-            groups.append(group)
-        return groups
+        return [{"name": name, "params": [parameter]} | self.rates(name) for name, parameter in self.named_parameters()]
+
+    def rates(self, name: str) -> dict[str, Any]:
+        """What the config says of how a parameter learns: keys of its group beside `name` and `params`."""
+        options = (("lr", f"{name}_lr"), ("lr_final", f"{name}_lr_final"), ("every", f"{name}_every"))
+        return {key: getattr(self.config, option) for key, option in options if hasattr(self.config, option)}
 
     def tensors(self) -> dict[str, Tensor]:
         """The parameters, detached and not copied."""

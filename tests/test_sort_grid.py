@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from prismfield.export.compression import sort_grid as module
-from prismfield.export.compression.curves import deinterleave, hilbert_cells, interleave, morton_codes
-from prismfield.export.compression.sort_grid import grid_blur, grid_blur_reference, neighbor_distance, sort_grid
 from prismfield.render import kernels as kernels_module
+from prismfield.render import sort_grid as module
+from prismfield.render.curves import deinterleave, hilbert_cells, interleave, morton_codes
 from prismfield.render.kernels import LEVELS, load_kernels
+from prismfield.render.sort_grid import grid_blur, grid_blur_reference, neighbor_distance, sort_grid
 
 SIZES = [(4, 2), (7, 3), (63, 8), (64, 8), (1, 1), (150, 1), (150, 150), (151, 150), (999, 31)]
 

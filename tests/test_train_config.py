@@ -152,7 +152,10 @@ def test_a_strategy_for_something_else(representation: Any, strategy: Any) -> No
 
 def test_the_defaults_make_sense_and_so_does_every_other_value() -> None:
     check_config(TrainConfig())
-    check_config(resolved(everything_changed()))
+    changed = everything_changed()  # of another representation too
+    with pytest.raises(ValueError, match=r"^--compact\.prune: expected gaussians, got --representation hollow$"):
+        check_config(resolved(changed))
+    check_config(resolved(replace(changed, compact=TrainConfig().compact)))
 
 
 @pytest.mark.parametrize("name", [name for name, hint in options() if float in (hint, *get_args(hint))])

@@ -14,6 +14,7 @@ from prismfield.representations.config import (
     SIMPLEX,
     TRAINED_BY,
     TRIPLANE,
+    CompactConfig,
     ConvexesConfig,
     FieldConfig,
     GaussiansConfig,
@@ -155,6 +156,7 @@ class TrainConfig:
     """Of the live view, on this machine."""
     data: DataConfig = field(default_factory=DataConfig)
     gaussians: GaussiansConfig = field(default_factory=GaussiansConfig)
+    compact: CompactConfig = field(default_factory=CompactConfig)
     convexes: ConvexesConfig = field(default_factory=ConvexesConfig)
     hash: FieldConfig = field(default_factory=FieldConfig)
     simplex: FieldConfig = SIMPLEX
@@ -183,7 +185,9 @@ def check_config(config: TrainConfig) -> None:
     made = ("gaussians.init_scale", "convexes.init_scale", "convexes.init_delta", "convexes.init_sigma")
     limits = dict.fromkeys((*positive, *made, "split.shrink"), (least, infinity))
     limits |= dict.fromkeys(("schedule.samples", "occupancy.interval"), (1, infinity))
-    limits |= dict.fromkeys(("loss.ssim_weight", "schedule.settle", "adc.stop", "mcmc.stop", "split.stop"), (0, 1))
+    limits |= dict.fromkeys(
+        ("loss.ssim_weight", "schedule.settle", "compact.prune", "adc.stop", "mcmc.stop", "split.stop"), (0, 1)
+    )
     limits |= dict.fromkeys(("gaussians.init_opacity", "convexes.init_opacity"), (0, 1))
     limits |= {
         "seed": (0, 2**32 - 1),
@@ -203,6 +207,10 @@ def check_config(config: TrainConfig) -> None:
     if config.strategy not in (None, *(strategies := TRAINED_BY[config.representation])):
         raise ValueError(
             f"--strategy {config.strategy}: expected {' or '.join(strategies)} for {config.representation}"
+        )
+    if config.compact.asked and config.representation != "gaussians":
+        raise ValueError(
+            f"--compact.{config.compact.asked[0]}: expected gaussians, got --representation {config.representation}"
         )
     sizes = config.schedule.resolution
     if list(sizes) != sorted(sizes) or any(not 0 <= share <= 1 for share in sizes):

@@ -12,6 +12,7 @@ import torch
 from prismfield.datasets.base import SceneData, SceneFrame
 from prismfield.datasets.scenes import load_scene
 from prismfield.representations.base import REPRESENTATIONS, Representation
+from prismfield.representations.compact import CompactGaussians
 from prismfield.train.checkpoint import load_checkpoint
 from prismfield.train.config import TrainConfig
 from prismfield.train.folder import CHECKPOINTS, read_config
@@ -50,14 +51,21 @@ def load_run(path: Path, *, device: torch.device | str = "cpu", step: int | None
     """
     config = read_config(path)
     tensors, state = load_checkpoint(path / CHECKPOINTS, step)
-    scene = scene_from_checkpoint(config, tensors, state).to(device)
+    scene = scene_from_checkpoint(config, tensors, state)
+    if isinstance(scene, CompactGaussians):
+        scene = scene.baked()
+    scene.to(device)
     frame = SceneFrame.from_dict(state["frame"])
     return Run(path, config, scene, frame, state["background"], state["step"], state["seconds"], state["source"])
 
 
 def scene_from_checkpoint(config: TrainConfig, tensors: dict[str, torch.Tensor], state: dict[str, Any]) -> Any:
-    """The scene whose tensors were saved under "scene."."""
-    scene = REPRESENTATIONS[config.representation].from_tensors(part(tensors, "scene"), representation_config(config))
+    """The scene whose tensors were saved under "scene.", as it was trained."""
+    saved, options = part(tensors, "scene"), representation_config(config)
+    if config.compact.asked:
+        scene: Any = CompactGaussians(saved, options, config.compact)
+    else:
+        scene = REPRESENTATIONS[config.representation].from_tensors(saved, options)
     for name, value in state["scene"].items():
         setattr(scene, name, value)
     return scene

@@ -17,6 +17,7 @@ from prismfield.datasets.initial import initial_points
 from prismfield.datasets.scenes import find_scene, load_scene
 from prismfield.datasets.views import Views
 from prismfield.representations.base import REPRESENTATIONS, Representation
+from prismfield.representations.compact import CompactGaussians
 from prismfield.representations.config import TRAINED_BY
 from prismfield.train.batches import COLORS, Batches, PixelBatches
 from prismfield.train.checkpoint import load_checkpoint, save_checkpoint
@@ -27,6 +28,7 @@ from prismfield.train.folder import CHECKPOINTS
 from prismfield.train.optimizer import FusedAdam
 from prismfield.train.run import part, representation_config, scene_from_checkpoint
 from prismfield.train.strategies.base import STRATEGIES, Strategy
+from prismfield.train.strategies.compact import Compact
 from prismfield.train.warm_start import scene_from_file
 
 log = logging.getLogger("prismfield")
@@ -151,9 +153,11 @@ def start_session(config: TrainConfig, device: torch.device, folder: Path | None
     train_views = Views(data.train, byte_budget=budget - budget // 8 - batch_budget, **options)
     _decode_early(test_views, budget // 8)
     background = COLORS[data.background]
-    scene = (
-        initial_scene(config, data, test_views, device) if saved is None else scene_from_checkpoint(config, *saved)
-    ).to(device)
+    if saved is not None:
+        scene = scene_from_checkpoint(config, *saved).to(device)
+    else:
+        scene = initial_scene(config, data, test_views, device)
+        scene = (CompactGaussians.made_of(scene, config.compact) if config.compact.asked else scene).to(device)
     if saved is None and (observe := getattr(scene, "observe", None)) is not None:
         observe([train_views.camera(index) for index in range(len(train_views))])
     exposure = Exposure(len(train_views)).to(device) if config.exposure.enabled else None
@@ -162,6 +166,8 @@ def start_session(config: TrainConfig, device: torch.device, folder: Path | None
     strategy = STRATEGIES[name](
         getattr(config, name, None), scene, max_primitives=config.max_primitives, seed=config.seed
     )
+    if isinstance(scene, CompactGaussians):
+        strategy = Compact(strategy, scene)
     batches = make_batches(config, scene.batching, train_views, background, batch_budget, device)
     session = Session(
         config,

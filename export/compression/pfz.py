@@ -16,8 +16,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from prismfield.export.assets import SplatAsset
-from prismfield.export.compression.curves import deinterleave
 from prismfield.export.compression.pfz_models import Decoder, Plane
+from prismfield.render.curves import deinterleave
 
 MAGIC, VERSION = b"PFZ1", 1
 FIXED = struct.Struct("<4sHHIIBBHII")

@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 
 from prismfield.export.assets import SplatAsset
-from prismfield.export.compression.curves import interleave, morton_codes
 from prismfield.export.compression.pfz import (
     ANTIALIASED,
     CHUNK,
@@ -35,6 +34,7 @@ from prismfield.export.compression.pfz_coder import Encoder, plane_of
 from prismfield.export.compression.pfz_grid import Grid, PfzSteps, Rounding, Values, grid_of, importance_of
 from prismfield.export.compression.pfz_models import Plane
 from prismfield.export.verify import write_verified
+from prismfield.render.curves import interleave, morton_codes
 
 Ints = NDArray[np.int64]
 _CLASSES = {"scale": 12, "flat": 6, "thin": 6, "opacity": 6, "c0": 16, "c1": 10, "c2": 10}

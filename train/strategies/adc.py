@@ -47,7 +47,7 @@ class Adc(Fixed):
         super().after_step(step, progress, scene, optimizer, out)
         if progress >= self.config.stop:
             return
-        self._observe(out)
+        self._observe(scene, out)
         if self.growth.due(step, progress):
             self._prune(scene, optimizer, self._grow(progress, scene, optimizer))
             self._forget(scene)
@@ -83,12 +83,16 @@ class Adc(Fixed):
         """[N] largest footprint, image widths."""
 
     @torch.no_grad()
-    def _observe(self, out: RenderOutput) -> None:
+    def _observe(self, scene: Any, out: RenderOutput) -> None:
         source = out.absgrad if self.config.absgrad else out.params
         if source is None or source.grad is None or out.radii is None:
             raise ValueError(
                 "out: expected screen gradients, from a backward pass over `render` with the strategy's extras"
             )
+        if (
+            len(self.gradients) != scene.num_primitives
+        ):  # dropped by others, after `stop`; the training was made longer then
+            self._forget(scene)
         drawn = out.radii[..., 0] > 0
         self.gradients += self._gradients(source.grad, out).sum(0)
         self.views += drawn.sum(0)

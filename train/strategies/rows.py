@@ -17,15 +17,26 @@ def keep_rows(scene: nn.Module, optimizer: torch.optim.Optimizer, keep: Tensor) 
 
     Costs no more than copying as many rows as are dropped.
     """
-    count = int(keep.sum())
-    gaps = (~keep[:count]).nonzero().squeeze(1)
-    movers = keep[count:].nonzero().squeeze(1) + count
+    count, gaps, movers = _moves(keep)
 
     def compact(values: Tensor, _name: str, _moment: str) -> Tensor:
         values[gaps] = values[movers]
         return values[:count]
 
     _exchange(scene, optimizer, compact)
+
+
+def rows_kept(values: Tensor, keep: Tensor) -> Tensor:
+    """What `keep_rows` makes of something [N, ...] beside the scene, which is changed too."""
+    count, gaps, movers = _moves(keep)
+    values[gaps] = values[movers]
+    return values[:count]
+
+
+def _moves(keep: Tensor) -> tuple[int, Tensor, Tensor]:
+    """How many stay, the places among the first so many that become free, and who moves there."""
+    count = int(keep.sum())
+    return count, (~keep[:count]).nonzero().squeeze(1), keep[count:].nonzero().squeeze(1) + count
 
 
 @torch.no_grad()
@@ -83,6 +94,12 @@ def replace_rows(
         for moment, values_of in _moments(optimizer, parameter).items():
             if not (keep_second and moment == _SECOND):
                 values_of.index_fill_(0, index, 0)
+
+
+@torch.no_grad()
+def reorder_rows(scene: nn.Module, optimizer: torch.optim.Optimizer, order: Tensor) -> None:
+    """Put primitive `order[i]` in place i; `order` [N] is a permutation."""
+    _exchange(scene, optimizer, lambda values, _name, _moment: values[order])
 
 
 def _moments(optimizer: torch.optim.Optimizer, parameter: nn.Parameter) -> dict[str, Tensor]:

@@ -7,14 +7,15 @@ a space-filling curve of the first three columns, which spares the wide blurs; a
 
 from __future__ import annotations
 
+import math
 from itertools import permutations
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from prismfield.export.compression.curves import hilbert_cells, morton_codes
 from prismfield.render import kernels
+from prismfield.render.curves import hilbert_cells, morton_codes
 
 _LANES = 16  # floats of the widest vectors that kernels have: rows are padded to a multiple of it
 _SHRINK = 0.8  # of the blur's radius, from one to the next
@@ -23,7 +24,9 @@ _PASSES = (2, 8)  # at one radius: least and most
 _ORDERS = np.array(list(permutations(range(4))))  # as kOrders in csrc/sort_grid.cpp
 
 
-def sort_grid(features: NDArray, width: int, *, radius: int | None = None, seed: int = 0) -> NDArray[np.int64]:
+def sort_grid(
+    features: NDArray, width: int, *, radius: int | None = None, seed: int = 0, is_sorted: bool = False
+) -> NDArray[np.int64]:
     """An order in which rows laid out line by line resemble those beside, above and below them.
 
     Args:
@@ -31,6 +34,7 @@ def sort_grid(features: NDArray, width: int, *, radius: int | None = None, seed:
         width: cells in a line of the grid; the last line may be short.
         radius: of the first blur, cells; None for one that suits N.
         seed: of the shuffles. The same arguments give the same order, however many threads there are.
+        is_sorted: rows come in an order to start from, as an earlier sort of much the same rows left them.
 
     Returns:
         [N] permutation: cell i (line i // width, column i % width) holds row `order[i]`.
@@ -48,8 +52,9 @@ def sort_grid(features: NDArray, width: int, *, radius: int | None = None, seed:
     count = len(features)
     if count < 4:
         return np.arange(count)
-    order = np.empty(count, np.int64)
-    order[hilbert_cells(count, width)] = np.argsort(morton_codes(features[:, :3]), kind="stable")
+    order = np.arange(count)
+    if not is_sorted:
+        order[hilbert_cells(count, width)] = np.argsort(morton_codes(features[:, :3]), kind="stable")
     grid = np.zeros((count, -(-features.shape[1] // _LANES) * _LANES), np.float32)
     grid[:, : features.shape[1]] = features[order] - features.mean(0)
     random = np.random.default_rng(seed)
@@ -64,6 +69,11 @@ def sort_grid(features: NDArray, width: int, *, radius: int | None = None, seed:
             offset = (int(random.integers(side)), int(random.integers(side)))
             grid_exchange(grid, targets, order, shuffle, width, offset)
     return order
+
+
+def grid_width(count: int) -> int:
+    """Cells in a line of a grid for `count` rows that is about square: a multiple of four, as pictures of a .sog have it."""
+    return max(4, -(-math.ceil(math.sqrt(count)) // 4) * 4)
 
 
 def neighbor_distance(features: NDArray, width: int) -> float:

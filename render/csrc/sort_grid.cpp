@@ -1,4 +1,4 @@
-// Sorting of rows into a 2D grid (export/compression/sort_grid.py): the blurred grid, and one pass of exchanges.
+// Sorting of rows into a 2D grid (render/sort_grid.py): the blurred grid, and one pass of exchanges.
 #include <algorithm>
 #include <stdexcept>
 #include <vector>
@@ -10,7 +10,7 @@
 namespace pf {
 namespace {
 
-// All orders of four, as export/compression/sort_grid.py lists them: order[k] is which of the four goes to place k.
+// All orders of four, as render/sort_grid.py lists them: order[k] is which of the four goes to place k.
 constexpr int kOrders[24][4] = {{0, 1, 2, 3}, {0, 1, 3, 2}, {0, 2, 1, 3}, {0, 2, 3, 1}, {0, 3, 1, 2}, {0, 3, 2, 1},
                                 {1, 0, 2, 3}, {1, 0, 3, 2}, {1, 2, 0, 3}, {1, 2, 3, 0}, {1, 3, 0, 2}, {1, 3, 2, 0},
                                 {2, 0, 1, 3}, {2, 0, 3, 1}, {2, 1, 0, 3}, {2, 1, 3, 0}, {2, 3, 0, 1}, {2, 3, 1, 0},
