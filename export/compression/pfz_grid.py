@@ -179,8 +179,9 @@ class Rounding:
         most = (2 ** (bits - 1) - 1)[:, None]
         turned = (values["turned"] * (math.sqrt(2) * most)).round()
         place = (values["means"] - self._low) / grid.extent
-        scaled = values["coefficients"] / (grid.sh_step * coarser)[:, None]
-        magnitude = (scaled.abs() + (0.5 - grid.steps.dead)).clamp(max=127).floor()
+        # By far the most numbers: in place, as few passes as will do.
+        coefficients = values["coefficients"] / (grid.sh_step * coarser)[:, None]
+        coefficients += torch.copysign(coefficients.new_tensor(0.5 - grid.steps.dead), coefficients)
         return {
             "scale": scale,
             "flat": flat,
@@ -190,7 +191,7 @@ class Rounding:
             "opacity": (values["opacities"] / grid.opacity_step).round().clamp(min=1),
             "turned": torch.minimum(torch.maximum(turned, -most), most),
             "colors": (values["colors"] / (grid.color_step * coarser)[:, None]).round().clamp(-127, 127),
-            "coefficients": scaled.sign() * magnitude,
+            "coefficients": coefficients.trunc_().clamp_(-127, 127),
             "place": place.clamp(0, 1 - 2.0**-MAX_DEPTH),
         }
 

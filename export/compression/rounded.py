@@ -182,12 +182,12 @@ class RoundedGaussians(nn.Module):
         Magnitudes of coefficients as `coefficient_bits` says; three bits of a position for each halving of the size, and three
         of a rotation for each doubling of the longest by the shortest standard deviation; `opacity_bits`.
         """
-        steps = self.rounding.grid.sh_step * self.coarser
-        coefficients = ((self.coefficients.abs() @ self.coefficient_bits) / steps).sum()
         first, second, third = self.log_scales.unbind(1)
-        if self.opacity_bits > 0:
-            coefficients = coefficients + self.opacity_bits * self.opacities.sum()
-        return coefficients + (3 / _LN2) * ((first - third).clamp(min=0) - 0.5 * (first + second)).sum()
+        found = (3 / _LN2) * ((first - third).clamp(min=0) - 0.5 * (first + second)).sum()
+        if self.coefficients.requires_grad:  # not in every step
+            steps = self.rounding.grid.sh_step * self.coarser
+            found = found + ((self.coefficients.abs() @ self.coefficient_bits) / steps).sum()
+        return found + self.opacity_bits * self.opacities.sum() if self.opacity_bits > 0 else found
 
     def render(
         self,
