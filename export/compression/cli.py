@@ -1,10 +1,10 @@
-"""render-compress: Gaussians in a small file, with the loss measured."""
+"""render-compress: Gaussians or a radiance field in a small file, with the loss measured."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 from tyro.conf import Positional, arg
 
@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CompressConfig:
-    """Write Gaussians to a small file, draw what is read back, and say what was lost."""
+    """Write Gaussians or a radiance field to a small file, draw what is read back, and say what was lost."""
 
     scene: Positional[Path]
-    """A run's folder, or a file of splats."""
+    """A run's folder, or a file of splats or of a field."""
     to: Path
     """The file, replaced if it is there; .pfz."""
     target_mb: float | None = None
@@ -33,6 +33,10 @@ class CompressConfig:
     """Without a target: round everything to steps so many times as coarse as usual."""
     prune: float = 0.0
     """Without a target: leave out this share of the Gaussians, the least important ones; 0 to below 1."""
+    bits: Literal[4, 6, 8] | None = None
+    """Of a field, without a target: so many for each number of its tables, the same in all levels, instead of by what each matters."""
+    drop: bool = True
+    """Of a field: write what is cheapest for numbers on which no picture depends."""
     sh_degree: int = 3
     """Harmonics of at most this degree, 0 to 3."""
     sweep: Path | None = None
@@ -74,16 +78,23 @@ def compress(config: CompressConfig) -> dict[str, Any]:
 
     from prismfield.export.assets import SplatAsset
     from prismfield.export.compression.compress import Compressor, Likeness, contributions, cut_harmonics, drawable
+    from prismfield.export.compression.field_cli import compress_field
     from prismfield.export.compression.pfz_write import PfzSteps, write_encoded
     from prismfield.export.library import load
+    from prismfield.export.ply import ply_bytes
+    from prismfield.representations.fields import Field
     from prismfield.train.cli import use_threads
     from prismfield.train.folder import write_text
 
     use_threads(config.threads)
     scene = load(config.scene, step=config.step)
+    if isinstance(scene.representation, Field):
+        return compress_field(config, scene)
+    if config.bits is not None or not config.drop:
+        raise ValueError(f"--bits and --no-drop: {config.scene} is no field; Gaussians have --steps and --prune")
     original = scene.asset()
     if not isinstance(original, SplatAsset):
-        raise ValueError(f"{config.scene}: is made of {original.noun}; render-compress takes Gaussians")
+        raise ValueError(f"{config.scene}: is made of {original.noun}; render-compress takes Gaussians and fields")
     if len(original) == 0:
         raise ValueError(f"{config.scene}: there is nothing to write, the scene has no Gaussians")
     console = Console(highlight=False, soft_wrap=True)
@@ -91,8 +102,8 @@ def compress(config: CompressConfig) -> dict[str, Any]:
     asset = cut_harmonics(drawable(original), config.sh_degree)
     compressor = Compressor(asset, contributions(scene, asset), likeness, PfzSteps())
     if config.sweep is not None:
-        _sweep(config.sweep, compressor, original, console)
-    found = _find(config, compressor, console)
+        sweep(config.sweep, compressor, ply_bytes(original), console)
+    found = find(config, compressor, console)
     write_encoded(config.to, found.data)
     numbers = _numbers(found, original, likeness)
     _print(console, config.to, numbers)
@@ -110,6 +121,8 @@ def _check(config: CompressConfig) -> None:
         raise IsADirectoryError(f"--to {config.to}: is a folder")
     if config.target_mb is not None and config.target_psnr is not None:
         raise ValueError("--target-mb and --target-psnr: expected one of them, got both")
+    if config.bits is not None and (config.target_mb is not None or config.target_psnr is not None):
+        raise ValueError("--bits: expected no target beside it, which chooses the bits itself")
     positive = {"target-mb": config.target_mb, "target-psnr": config.target_psnr, "steps": config.steps}
     for name, value in positive.items():
         if value is not None and not 0 < value < 1e9:
@@ -124,10 +137,13 @@ def _check(config: CompressConfig) -> None:
         check_picture(config.sweep)
 
 
-def _find(config: CompressConfig, compressor: Compressor, console: Console) -> Result:
+def find(config: CompressConfig, compressor: Compressor, console: Console) -> Result:
+    """The file that suits the targets."""
+
     def tell(result: Result) -> None:
         words = f"{len(result.data) / 1e6:.3f} MB, {result.psnr:.2f} dB"
-        console.print(f"{result.pruned:.0%} pruned: {words}", markup=False)
+        pruned = "tried" if compressor.shares == (0.0,) else f"{result.pruned:.0%} pruned"
+        console.print(f"{pruned}: {words}", markup=False)
 
     if config.target_mb is not None:
         return compressor.to_size(int(config.target_mb * 1e6), tell)
@@ -136,20 +152,22 @@ def _find(config: CompressConfig, compressor: Compressor, console: Console) -> R
     return compressor.result(config.steps, config.prune)
 
 
-def _sweep(path: Path, compressor: Compressor, original: SplatAsset, console: Console) -> None:
+def sweep(path: Path, compressor: Compressor, whole: int, console: Console) -> None:
+    """Try many files, print how they compare, and draw the curves; `whole`: bytes of what they are made from."""
     import torch
 
     from prismfield.export.compression.chart import Curve, draw_chart
-    from prismfield.export.compression.compress import ratio
     from prismfield.train.evaluate import write_image
 
     points: dict[float, list[tuple[float, float]]] = {}
     for result in compressor.sweep():
         size = len(result.data)
         points.setdefault(result.pruned, []).append((size / 1e6, result.psnr))
-        words = f"{size / 1e6:8.3f} MB  {ratio(original, size):5.1f} times smaller  {result.psnr:6.2f} dB"
-        console.print(f"{result.pruned:4.0%} pruned  {words}", markup=False)
-    curves = [Curve("all Gaussians" if share == 0 else f"{share:.0%} pruned", each) for share, each in points.items()]
+        words = f"{size / 1e6:8.3f} MB  {whole / size:5.1f} times smaller  {result.psnr:6.2f} dB"
+        pruned = "" if compressor.shares == (0.0,) else f"{result.pruned:4.0%} pruned  "
+        console.print(pruned + words, markup=False)
+    everything = "the whole field" if compressor.shares == (0.0,) else "all Gaussians"
+    curves = [Curve(everything if share == 0 else f"{share:.0%} pruned", each) for share, each in points.items()]
     chart = draw_chart(curves, "MB", "dB PSNR to the original", compressor.likeness.scene.name)
     write_image(path, torch.from_numpy(chart))
     console.print(f"{path}: likeness over size", markup=False)
@@ -188,6 +206,11 @@ def _print(console: Console, path: Path, numbers: dict[str, Any]) -> None:
         f"size          {numbers['ratio']:.1f} times smaller than the .ply of {numbers['bytes_ply']:,} bytes",
         f"to original   {numbers['psnr']:.2f} dB PSNR, {numbers['ssim']:.4f} SSIM, {numbers['measured']}",
     ]
+    print_comparison(console, numbers, lines)
+
+
+def print_comparison(console: Console, numbers: dict[str, Any], lines: list[str]) -> None:
+    """Print `lines`, then how the file compares to the photographs, and what it took."""
     if "photographs_before" in numbers:
         before, after = numbers["photographs_before"], numbers["photographs_after"]
         change = f"{after['psnr'] - before['psnr']:+.2f} dB, {after['ssim'] - before['ssim']:+.4f}"

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -14,12 +14,14 @@ from numpy.typing import NDArray
 
 from prismfield.datasets.views import Views
 from prismfield.export.assets import SplatAsset
+from prismfield.export.compression.field_pfz import FieldAsset
 from prismfield.export.compression.pfz import decode_pfz
 from prismfield.export.compression.pfz_write import PfzSteps, encode_pfz, importance_of
 from prismfield.export.library import Scene, content_frame, render, scene_of
 from prismfield.export.ply import ply_bytes
 from prismfield.render.cameras import Cameras
 from prismfield.render.ops.constants import ALPHA_MIN
+from prismfield.representations.fields import Field
 from prismfield.train.camera_path import orbit, ring
 from prismfield.train.evaluate import evaluate_views, mean_scores
 from prismfield.train.metrics import psnr, ssim
@@ -36,12 +38,13 @@ class Result:
     """A file that could be written, and how it compares."""
 
     data: bytes
-    asset: SplatAsset
-    """What is read back from it."""
+    asset: Any
+    """What is read back from it: a SplatAsset, or a FieldAsset."""
     psnr: float
     """Decibels to the original's pictures, over all pixels."""
     ssim: float
-    steps: PfzSteps
+    steps: Any
+    """How coarsely it was rounded: PfzSteps, or words."""
     pruned: float
     """Share of the Gaussians that was left out."""
     encode_seconds: float
@@ -61,7 +64,7 @@ class Likeness:
         self.cameras, self.about = _measuring_cameras(scene)
         self.pictures = [self._draw(scene, camera) for camera in self.cameras]
 
-    def compare(self, asset: SplatAsset) -> tuple[float, float]:
+    def compare(self, asset: SplatAsset | FieldAsset) -> tuple[float, float]:
         """PSNR over all pixels and mean SSIM of what `asset` looks like."""
         other = scene_of(asset, self.scene.path, frame=self.scene.frame)
         pictures = [self._draw(other, camera) for camera in self.cameras]
@@ -69,7 +72,7 @@ class Likeness:
         similar = [ssim(a, b) for a, b in zip(pictures, self.pictures, strict=True)]
         return psnr(ours, theirs), sum(similar) / len(similar)
 
-    def to_photographs(self, asset: SplatAsset | None = None) -> dict[str, float]:
+    def to_photographs(self, asset: SplatAsset | FieldAsset | None = None) -> dict[str, float]:
         """Mean `psnr` and `ssim` to the test photographs of a run, of the scene or of `asset`; empty without any."""
         run = self.scene.run
         if run is None:
@@ -100,7 +103,7 @@ def contributions(scene: Scene, asset: SplatAsset) -> NDArray[np.float64]:
     shown = scene_of(asset, scene.path, frame=scene.frame)
     color = shown.representation.sh0.requires_grad_(True)  # type: ignore[attr-defined]
     weights = torch.zeros(len(asset), dtype=torch.float64)
-    for camera in _seeing_cameras(scene):
+    for camera in seeing_cameras(scene):
         (gradient,) = torch.autograd.grad(render(shown, camera, scene.background).rgb.sum(), color)
         weights += gradient[:, 0].double().abs().mean(1)
     color.requires_grad_(False)
@@ -135,6 +138,9 @@ def pruned_rows(importance: NDArray, share: float) -> NDArray[np.int64]:
 
 class Compressor:
     """An asset, what matters of it, and files made of it."""
+
+    shares: tuple[float, ...] = PRUNED
+    """That a search tries to prune."""
 
     def __init__(self, asset: SplatAsset, importance: NDArray, likeness: Likeness, steps: PfzSteps) -> None:
         """Nothing is encoded yet.
@@ -171,7 +177,7 @@ class Compressor:
         """
         best: Result | None = None
         smallest = 0.0
-        for share in PRUNED:
+        for share in self.shares:
             factor, size = _search(lambda f, s=share: math.log(len(self.encode(f, s)[0])), math.log(limit), 0.02)  # type: ignore[misc]
             if size > math.log(limit):
                 smallest = math.exp(size)
@@ -195,7 +201,7 @@ class Compressor:
         """
         best: Result | None = None
         nearest = 0.0
-        for share in PRUNED:
+        for share in self.shares:
             pruned = taken(self.asset, pruned_rows(self.importance, share))
             if share > 0 and self.likeness.compare(pruned)[0] < limit + 0.5:
                 break
@@ -219,7 +225,7 @@ class Compressor:
 
     def sweep(self) -> Iterator[Result]:
         """From fine to coarse, with all Gaussians and with fewer."""
-        for share in PRUNED[:3]:
+        for share in self.shares[:3]:
             for factor in (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8):
                 yield self.result(factor, share)
 
@@ -265,9 +271,11 @@ def _some(cameras: list[Cameras], most: int) -> list[Cameras]:
 
 def _photographs(scene: Scene, first: Literal["test", "train"]) -> tuple[list[Cameras], str]:
     """Cameras of the split `first`, or the other's, and which; none if the capture is not there."""
-    if scene.run is None:
+    if not scene.has_cameras:
         return [], ""
     splits: tuple[Literal["test", "train"], ...] = ("test", "train") if first == "test" else ("train", "test")
+    if scene.run is None:
+        splits = ("train",)
     try:
         for split in splits:
             if cameras := scene.cameras(split):
@@ -283,14 +291,15 @@ def _measuring_cameras(scene: Scene) -> tuple[list[Cameras], str]:
     return chosen, f"{len(chosen)} {split} cameras" if split else f"{len(chosen)} cameras around it"
 
 
-def _seeing_cameras(scene: Scene) -> list[Cameras]:
+def seeing_cameras(scene: Scene) -> list[Cameras]:
+    """From where a scene is looked at to tell what matters of it, in the user's frame."""
     cameras, _ = _photographs(scene, "train")
     return _some(cameras, _MOST_VIEWS) if cameras else _around(scene, (-0.3, 0.2, 0.7, 1.2), 8, 0.0)
 
 
 def _around(scene: Scene, heights: tuple[float, ...], count: int, turn: float) -> list[Cameras]:
     """`count` cameras at each height above the content's centre (in units of half its reach), `turn` radians on."""
-    frame = content_frame(scene.asset())
+    frame = scene.frame if isinstance(scene.representation, Field) else content_frame(scene.asset())
     center, up = np.array(frame.center), np.array(frame.up) / np.linalg.norm(frame.up)
     found: list[Cameras] = []
     for height in heights:
