@@ -18,12 +18,14 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from torch import nn
 
 from prismfield.datasets.base import SceneFrame
 from prismfield.export.compression import field_compress
 from prismfield.export.compression.cli import CompressConfig, compress
 from prismfield.export.compression.compress import Likeness
 from prismfield.export.compression.field_compress import single_bytes
+from prismfield.export.compression.field_finetune import RoundedTable
 from prismfield.export.compression.field_importance import grids_of, importance
 from prismfield.export.compression.field_pfz import FIXED, FieldAsset, Level, decode_field, depth_of, parts_of
 from prismfield.export.compression.field_pfz_write import Tables, encode_field, write_field
@@ -376,3 +378,47 @@ def joined(head: bytes, text: bytes, stream: bytes) -> bytes:
     body = packed[0] + packed[1] + stream
     sizes = len(packed[0]), len(head), len(packed[1]), len(text), len(stream)
     return FIXED.pack(b"PFZF", 1, 0, *sizes, zlib.crc32(body)) + body
+
+
+def test_rounded_tables_learn_straight_through() -> None:
+    """Symbols move where the gradient points, steps grow where the clipped ones want to be larger, and both are what is stored."""
+    field = make_field()
+    grid = field.encoding
+    levels, features = len(grid.sides), grid.table.shape[1]
+    first = torch.full((levels, features), 0.1)
+    places = torch.linspace(-5, 5, grid.table.numel()).view_as(grid.table)
+    table = RoundedTable(grid, nn.Parameter(places.clone()), nn.Parameter(torch.zeros(levels, features)), first, 3)
+    table.show()
+    torch.testing.assert_close(grid.table.detach(), 0.1 * places.round().clamp(-3, 3))
+    grid.table.grad = torch.ones_like(grid.table)
+    table.pull()
+    inside = places.abs() <= 3
+    torch.testing.assert_close(table.places.grad, 0.1 * inside)
+    start, end = grid.starts.tolist()[:2]
+    symbols = places.round().clamp(-3, 3)
+    wanted = 0.1 * torch.where(inside, symbols - places, symbols)[start:end].sum(0)
+    torch.testing.assert_close(table.logs.grad[0], wanted)  # type: ignore[index]
+    with torch.no_grad():
+        table.logs += 0.3
+    table.show()
+    for level, (steps, found) in enumerate(table.rounded()):
+        rows = slice(*grid.starts.tolist()[level : level + 2])
+        torch.testing.assert_close(found * torch.tensor(steps), grid.table[rows].detach())
+
+
+@pytest.mark.parametrize("kind", ["hash", "voxel"])
+def test_training_what_the_file_holds_wins_back_what_rounding_lost(
+    kind: str, tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, few_passes: None
+) -> None:
+    run, path = run_of(kind, tmp_path_factory), tmp_path / "a.pfz"
+    numbers = compress(CompressConfig(run, path, bits=4, finetune_steps=40))
+    loss = [
+        numbers["photographs_before"]["psnr"] - each["psnr"]
+        for each in (numbers["untrained"]["photographs_after"], numbers["photographs_after"])
+    ]
+    assert loss[1] < 0.5 * max(loss[0], 0)
+    assert numbers["bytes"] == path.stat().st_size < 1.3 * numbers["untrained"]["bytes"]
+    again = Likeness(load(run)).compare(decode_field(path.read_bytes()))
+    assert again[0] == pytest.approx(numbers["psnr"], abs=1e-6)
+    with pytest.raises(ValueError, match="has no photographs"):
+        compress(CompressConfig(path, tmp_path / "b.pfz", finetune_steps=3))

@@ -33,6 +33,8 @@ class CompressConfig:
     """Without a target: round everything to steps so many times as coarse as usual."""
     prune: float = 0.0
     """Without a target: leave out this share of the Gaussians, the least important ones; 0 to below 1."""
+    finetune_steps: int = 0
+    """Of a run of a field: train what the file will hold for so many steps on the photographs."""
     bits: Literal[4, 6, 8] | None = None
     """Of a field, without a target: so many for each number of its tables, the same in all levels, instead of by what each matters."""
     drop: bool = True
@@ -90,8 +92,10 @@ def compress(config: CompressConfig) -> dict[str, Any]:
     scene = load(config.scene, step=config.step)
     if isinstance(scene.representation, Field):
         return compress_field(config, scene)
-    if config.bits is not None or not config.drop:
-        raise ValueError(f"--bits and --no-drop: {config.scene} is no field; Gaussians have --steps and --prune")
+    if config.bits is not None or not config.drop or config.finetune_steps:
+        raise ValueError(
+            f"--bits, --no-drop, --finetune-steps: {config.scene} is no field; Gaussians have --steps and --prune"
+        )
     original = scene.asset()
     if not isinstance(original, SplatAsset):
         raise ValueError(f"{config.scene}: is made of {original.noun}; render-compress takes Gaussians and fields")
@@ -127,6 +131,8 @@ def _check(config: CompressConfig) -> None:
     for name, value in positive.items():
         if value is not None and not 0 < value < 1e9:
             raise ValueError(f"--{name}: expected more than 0, got {value:g}")
+    if config.finetune_steps < 0:
+        raise ValueError(f"--finetune-steps: expected 0 or more, got {config.finetune_steps}")
     if not 0 <= config.prune < 1:
         raise ValueError(f"--prune: expected 0 to below 1, got {config.prune:g}")
     if not 0 <= config.sh_degree <= 3:

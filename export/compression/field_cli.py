@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from prismfield.export.compression.cli import CompressConfig, find, print_comparison, sweep
 from prismfield.export.compression.compress import Likeness, Result
@@ -37,22 +38,43 @@ def compress_field(config: CompressConfig, scene: Scene) -> dict[str, Any]:
     if config.sweep is not None:
         sweep(config.sweep, compressor, whole, console)
     found = find(config, compressor, console) if config.bits is None else compressor.result_of_bits(config.bits)
+    untrained = None
+    if config.finetune_steps:
+        untrained, found = found, _finetuned(config.finetune_steps, compressor, found)
     write_field(config.to, found.data)
-    numbers = _numbers(found, compressor, whole)
+    numbers = _numbers(found, compressor, whole, untrained)
     kept = f"{len(found.asset):,} numbers of a field ({found.asset.representation})"
     lines = [
         f"{config.to}: {kept}, {numbers['bytes']:,} bytes ({numbers['bits_each']:.2f} bits each)",
         f"size          {numbers['ratio']:.1f} times smaller than the numbers in single precision, {whole:,} bytes",
         f"to original   {numbers['psnr']:.2f} dB PSNR, {numbers['ssim']:.4f} SSIM, {numbers['measured']}",
     ]
+    if untrained is not None:
+        words = f"{len(untrained.data):,} bytes, {untrained.psnr:.2f} dB PSNR to original"
+        if lost := numbers["untrained"].get("photographs_after"):
+            words += f", {lost['psnr'] - numbers['photographs_before']['psnr']:+.2f} dB to photos"
+        lines.append(f"untrained     {words}")
     print_comparison(console, numbers, lines)
     if config.json is not None:
         write_text(config.json, json.dumps(numbers, indent=1) + "\n")
     return numbers
 
 
-def _numbers(found: Result, compressor: FieldCompressor, whole: int) -> dict[str, Any]:
+def _finetuned(steps: int, compressor: FieldCompressor, found: Result) -> Result:
+    """`found`, trained, with a bar for those who wait."""
+    columns = (TextColumn("fine-tuning"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[words]}"))
+    with Progress(*columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=steps, words="")
+        return compressor.finetuned(found, steps, lambda n, db: bar.update(task, completed=n, words=f"PSNR {db:.2f}"))
+
+
+def _numbers(found: Result, compressor: FieldCompressor, whole: int, untrained: Result | None) -> dict[str, Any]:
     likeness = compressor.likeness
+    extra: dict[str, Any] = {}
+    if untrained is not None:
+        extra = {"untrained": {"bytes": len(untrained.data), "psnr": untrained.psnr, "ssim": untrained.ssim}}
+        if photographs := likeness.to_photographs(untrained.asset):
+            extra["untrained"]["photographs_after"] = photographs
     before, after = likeness.to_photographs(), likeness.to_photographs(found.asset)
     return {
         "representation": found.asset.representation,
@@ -70,4 +92,5 @@ def _numbers(found: Result, compressor: FieldCompressor, whole: int) -> dict[str
         "peak_memory_mib": peak_memory() / 2**20,
         "dropped": compressor.drop,
         "steps": found.steps,
+        **extra,
     }

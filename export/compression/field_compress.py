@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Literal
 
 from prismfield.export.compression.compress import Compressor, Likeness, Result, seeing_cameras
+from prismfield.export.compression.field_finetune import finetune_field
 from prismfield.export.compression.field_importance import PASSES, importance
 from prismfield.export.compression.field_pfz import FieldAsset, decode_field
 from prismfield.export.compression.field_pfz_write import encode_field
-from prismfield.export.compression.field_quantise import Quantiser, asset_of_field
+from prismfield.export.compression.field_quantise import MOST, Quantiser, asset_of_field
 
 SINGLE = 4
 """Bytes of a number as a training stores it."""
@@ -49,6 +51,28 @@ class FieldCompressor(Compressor):
         began = time.perf_counter()
         data = encode_field(self.original, self.quantiser.by_bits(bits, self.drop))
         return self.measured(data, time.perf_counter() - began, {"bits": bits})
+
+    def finetuned(self, found: Result, steps: int, tell: Callable[[int, float], None]) -> Result:
+        """`found` after so many steps of training on the photographs of the field's run.
+
+        Raises:
+            ValueError: the field was in no run.
+            FileNotFoundError: its photographs are not there any more.
+        """
+        run = self.likeness.scene.run
+        if run is None:
+            raise ValueError(
+                f"--finetune-steps: {self.likeness.scene.path} is a file, which has no photographs; take the run"
+            )
+        bits = found.steps.get("bits")
+        if bits is None:
+            tables, most = self.quantiser.by_distortion(found.steps["factor"], self.drop), MOST
+        else:
+            tables, most = self.quantiser.by_bits(bits, self.drop), 2 ** (bits - 1) - 1
+        began = time.perf_counter()
+        asset, tables = finetune_field(run, self.original, tables, most, steps, tell)
+        data = encode_field(asset, tables)
+        return self.measured(data, time.perf_counter() - began, found.steps | {"finetune_steps": steps})
 
     def measured(self, data: bytes, seconds: float, steps: dict[str, float]) -> Result:
         """A file that took `seconds` to encode, read back and compared."""

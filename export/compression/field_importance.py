@@ -11,7 +11,7 @@ from prismfield.encodings.grid import Grid
 from prismfield.render.cameras import Cameras
 from prismfield.representations.fields import Field
 
-_RAYS, _SAME = 4096, 8  # of a backward pass; passes with the same noise
+_RAYS, _SAME = 4096, 2  # of a backward pass; passes with the same noise
 _NOISE = 0.25  # standard deviations of a level: how far the tables are moved before each pass
 _LEFT_OUT = 0.15  # share of the rows that are 0 in a pass
 PASSES = 64

@@ -22,14 +22,13 @@ LIKE = 5e-5
 _CAMERAS = 32
 MOST = 127
 """Largest magnitude of a symbol."""
-_TRADE = (
-    0.1155  # ln 2 / 6: squared error that a bit is worth, by step^2, of evenly rounded numbers (Gish and Pierce 1968)
-)
+_TRADE, _TRUST = 0.03, 0.7
+"""Squared error that a bit is worth, by step^2, and the power of a number's importance that counts for it. Where pictures changed
+in proportion to numbers these were ln 2 / 6 (Gish and Pierce 1968) and 1; but a number that becomes 0 goes far, and importance is
+an estimate. On a hash field of the lego 1.05 MB are 43.1 dB like the original with these, 41.3 dB without any of it."""
 _PROPOSED = 0.3  # step of the logarithm of a proposal's density
-_TRIED, _LOOKED_AT = (
-    0.9 ** np.arange(24),
-    20_000,
-)  # scales, and rows that `scale_for` takes; of scales, by that which holds the largest number
+_TRIED = 0.9 ** np.arange(24)  # scales, by that which holds the largest number
+_LOOKED_AT = 20_000  # rows that say which scale is best
 _DERIVED = ("unbounded", "grid.", "proposals.progress", "encoding.active", "encoding.shares")
 _DERIVED_HOLLOW = ("encoding.split", "encoding.dual", "encoding.kept", "encoding.steps", "encoding.cut")
 
@@ -168,7 +167,8 @@ def rounded(values: NDArray, steps: NDArray, weights: NDArray, most: int, trade:
         return found
     for feature in range(values.shape[1]):
         scaled, nearest = values[:, feature] / steps[feature], found[:, feature]
-        weight = weights[:, feature] / weights[:, feature].mean(dtype=np.float64)
+        weight = (weights[:, feature] / weights[:, feature].mean(dtype=np.float64)) ** _TRUST
+        weight /= weight.mean()
         down = nearest - np.sign(nearest)
         chosen = nearest
         for _ in range(3):
