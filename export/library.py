@@ -13,9 +13,12 @@ import torch
 from torch import Tensor
 
 from prismfield.datasets.base import SceneFrame
+from prismfield.datasets.normalize import looks_inwards
 from prismfield.datasets.views import Views
 from prismfield.export.assets import EXPECTED_UP, Asset
+from prismfield.export.compression.field_pfz import FieldAsset, decode_field, is_field_file
 from prismfield.export.formats import asset_of, is_asset, read_asset
+from prismfield.export.reading import naming
 from prismfield.render.cameras import Cameras
 from prismfield.render.output import RenderOutput
 from prismfield.representations.base import REPRESENTATIONS, Representation
@@ -36,6 +39,10 @@ class Scene:
     """Value behind the scene, of all three channels, unless `render` is told another."""
     run: Run | None
     """The run it was trained in; None for a file."""
+    seen_from: tuple[Cameras, ...] = ()
+    """Cameras that a file of a field keeps of its photographs."""
+    inwards: bool = True
+    """Whether those look at a common point."""
 
     @property
     def num_primitives(self) -> int:
@@ -52,6 +59,16 @@ class Scene:
         """Of the capture, or of the file."""
         return self.path.stem if self.run is None else self.run.data.name
 
+    @property
+    def has_cameras(self) -> bool:
+        """Whether `cameras("train")` may be asked for."""
+        return self.run is not None or bool(self.seen_from)
+
+    @property
+    def looks_inwards(self) -> bool:
+        """Whether its cameras look at a common point; True if there are none."""
+        return self.inwards if self.run is None else looks_inwards(self.run.data.train)
+
     def cameras(self, split: Literal["train", "test"] = "test") -> list[Cameras]:
         """The cameras of the photographs, one at a time for sizes may differ, without lens distortion.
 
@@ -59,8 +76,12 @@ class Scene:
 
         Raises:
             FileNotFoundError: the capture is not there any more.
-            ValueError: the scene was read from a file, which has no cameras.
+            ValueError: the scene was read from a file, which has no cameras; that of a field may have some, for "train".
         """
+        if self.run is None and self.seen_from and split == "train":
+            return list(self.seen_from)
+        if self.run is None and self.seen_from:
+            raise ValueError(f"{self.path}: a file has no photographs to test with; its cameras are those of 'train'")
         if self.run is None:
             raise ValueError(f"{self.path}: a file of splats has no cameras; make some with Cameras.from_camtoworlds")
         if split not in ("train", "test"):
@@ -84,8 +105,8 @@ def load(path: str | os.PathLike[str], *, step: int | None = None, device: torch
     """Load a trained scene.
 
     Args:
-        path: a run's folder, or a file in one of the formats of docs/formats.md: of Gaussians, from here or elsewhere, or of
-            convexes.
+        path: a run's folder, or a file in one of the formats of docs/formats.md: of Gaussians, from here or elsewhere, of
+            convexes, or of a radiance field.
         step: of a run: the checkpoint of this step; None for the newest whole one.
         device: where to render.
 
@@ -104,11 +125,23 @@ def load(path: str | os.PathLike[str], *, step: int | None = None, device: torch
         return Scene(path, _frozen(run.scene), run.frame, run.background, run)
     if step is not None:
         raise ValueError(f"{path}: a file has no steps to choose from, got step {step}")
+    if is_field_file(path):
+        with naming(path):
+            return scene_of(decode_field(path.read_bytes()), path, device=device)
     return scene_of(read_asset(path), path, device=device)
 
 
-def scene_of(asset: Asset, path: Path, *, frame: SceneFrame | None = None, device: torch.device | str = "cpu") -> Scene:
-    """A scene made of the primitives in `asset`, drawn in `frame` (None: its own); `path` is the name it goes by."""
+def scene_of(
+    asset: Asset | FieldAsset, path: Path, *, frame: SceneFrame | None = None, device: torch.device | str = "cpu"
+) -> Scene:
+    """A scene made of the primitives in `asset`, drawn in `frame` (None: its own); `path` is the name it goes by.
+
+    A field is always drawn in its own frame, and keeps its background.
+    """
+    if isinstance(asset, FieldAsset):
+        field: Any = asset.field().to(device)
+        cameras = tuple(asset.user_cameras())
+        return Scene(path, _frozen(field), asset.frame, asset.background, None, cameras, asset.inwards)
     frame = frame or content_frame(asset)
     made = REPRESENTATIONS[asset.representation].from_tensors(asset.to_tensors(frame), asset.config())
     representation: Any = made  # a module

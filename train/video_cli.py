@@ -120,7 +120,7 @@ def plan(scene: Any, config: VideoConfig) -> tuple[Flight, tuple[int, int]]:
 
     from prismfield.train import camera_path
 
-    photographs = [] if scene.run is None else scene.cameras("train")
+    photographs = scene.cameras("train") if scene.has_cameras else []
     fov = camera_path.vertical_fov(photographs) if photographs else math.radians(_PLY_FOV)
     fov = fov if config.fov is None else math.radians(config.fov)
     shape = (photographs[0].width, photographs[0].height) if photographs else _PLY_SIZE
@@ -141,17 +141,11 @@ def plan(scene: Any, config: VideoConfig) -> tuple[Flight, tuple[int, int]]:
         poses = camera_path.ring(center, up, _distance(fov, size) / scene.frame.scale)
         return camera_path.orbit(poses, center, up, fov, frames), size
     poses = camera_path.poses_of(photographs)
-    if config.path == "orbit" and _looks_inwards(scene):
+    if config.path == "orbit" and scene.looks_inwards:
         return camera_path.orbit(poses, center, up, fov, frames), size
     if config.path == "orbit":
         print("the photographs look at no common point: flying along them instead of round it", file=sys.stderr)
     return camera_path.along_photographs(poses, fov, frames, seconds), size
-
-
-def _looks_inwards(scene: Any) -> bool:
-    from prismfield.datasets.normalize import looks_inwards
-
-    return looks_inwards(scene.run.data.train)
 
 
 def _distance(fov: float, size: tuple[int, int]) -> float:

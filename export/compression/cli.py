@@ -1,11 +1,13 @@
-"""render-compress: Gaussians in a small file, with the loss measured."""
+"""render-compress: Gaussians or a radiance field in a small file, with the loss measured."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
 from tyro.conf import Positional, arg
 
@@ -24,10 +26,10 @@ _WORTH_TRAINING = 0.1  # decibels to the photographs that are worth a minute or 
 
 @dataclass(frozen=True)
 class CompressConfig:
-    """Write Gaussians to a small file, draw what is read back, and say what was lost."""
+    """Write Gaussians or a radiance field to a small file, draw what is read back, and say what was lost."""
 
     scene: Positional[Path]
-    """A run's folder, or a file of splats."""
+    """A run's folder, or a file of splats or of a field."""
     to: Path
     """The file, replaced if it is there: .pfz, or .spz .sog .compressed.ply .splat, with fewer Gaussians and harmonics."""
     target_mb: float | None = None
@@ -36,17 +38,21 @@ class CompressConfig:
     """Make it as small as can be, with at least so many decibels PSNR to the original's pictures."""
     steps: float | None = None
     """Without a target, of a .pfz: round everything to steps so many times as coarse as usual; default 0.5, before
-    fine-tuning 0.6."""
+    fine-tuning 0.6, of a field 1."""
     prune: float = 0.0
     """Leave out this share of the Gaussians, the least important ones, 0 to below 1; a target may leave out more. With
     `--finetune-steps` they go bit by bit, while the others learn to do without."""
     finetune_steps: int = 0
     """Of a .pfz: train what it will hold for so many steps (1000 take one to two minutes), a run against its photographs, a
-    file against pictures of it; for `--target-psnr` both against pictures of the scene as it was."""
+    file of Gaussians against pictures of it; for `--target-psnr` both against pictures of the scene as it was."""
     finetune_rate: float = 3e-4
     """What a bit of each Gaussian costs in that training, in units of its loss; 0: only likeness counts."""
     seed: int = 0
     """Of that training: in which order it sees the photographs."""
+    bits: Literal[4, 6, 8] | None = None
+    """Of a field, without a target: so many for each number of its tables, the same in all levels, instead of by what each matters."""
+    drop: bool = True
+    """Of a field: write what is cheapest for numbers on which no picture depends."""
     sh_degree: int = 3
     """Harmonics of at most this degree, 0 to 3."""
     sweep: Path | None = None
@@ -88,18 +94,25 @@ def compress(config: CompressConfig) -> dict[str, Any]:
 
     from prismfield.export.assets import SplatAsset
     from prismfield.export.compression.compress import Compressor, Likeness, contributions, cut_harmonics, drawable
+    from prismfield.export.compression.field_cli import compress_field
     from prismfield.export.compression.packing import PackingCompressor
     from prismfield.export.compression.pfz_grid import PfzSteps
     from prismfield.export.compression.pfz_write import write_encoded
     from prismfield.export.library import load
+    from prismfield.export.ply import ply_bytes
+    from prismfield.representations.fields import Field
     from prismfield.train.cli import use_threads
     from prismfield.train.folder import write_bytes, write_text
 
     use_threads(config.threads)
     scene = load(config.scene, step=config.step)
+    if isinstance(scene.representation, Field):
+        return compress_field(config, scene)
+    if config.bits is not None or not config.drop:
+        raise ValueError(f"--bits and --no-drop: {config.scene} is no field; Gaussians have --steps and --prune")
     original = scene.asset()
     if not isinstance(original, SplatAsset):
-        raise ValueError(f"{config.scene}: is made of {original.noun}; render-compress takes Gaussians")
+        raise ValueError(f"{config.scene}: is made of {original.noun}; render-compress takes Gaussians and fields")
     if len(original) == 0:
         raise ValueError(f"{config.scene}: there is nothing to write, the scene has no Gaussians")
     console = Console(highlight=False, soft_wrap=True)
@@ -113,8 +126,8 @@ def compress(config: CompressConfig) -> dict[str, Any]:
         else PackingCompressor(asset, importance, likeness, config.to)
     )
     if config.sweep is not None:
-        _sweep(config.sweep, compressor, original, console)
-    found = _find(config, compressor, console)
+        sweep(config.sweep, compressor, ply_bytes(original), console)
+    found = find(config, compressor, console)
     untrained = None
     if config.finetune_steps > 0:
         untrained, found = found, _finetuned(config, compressor, found, console)
@@ -148,6 +161,8 @@ def _check(config: CompressConfig) -> None:
         raise IsADirectoryError(f"--to {config.to}: is a folder")
     if config.target_mb is not None and config.target_psnr is not None:
         raise ValueError("--target-mb and --target-psnr: expected one of them, got both")
+    if config.bits is not None and (config.target_mb is not None or config.target_psnr is not None):
+        raise ValueError("--bits: expected no target beside it, which chooses the bits itself")
     positive = {"target-mb": config.target_mb, "target-psnr": config.target_psnr, "steps": config.steps}
     for name, value in positive.items():
         if value is not None and not 0 < value < 1e9:
@@ -165,20 +180,22 @@ def _check(config: CompressConfig) -> None:
         check_picture(config.sweep)
 
 
-def _find(config: CompressConfig, compressor: Compressor, console: Console) -> Result:
+def find(config: CompressConfig, compressor: Compressor, console: Console) -> Result:
+    """The file that suits the targets."""
+
     def tell(result: Result) -> None:
         words = f"{len(result.data) / 1e6:.3f} MB, {result.psnr:.2f} dB"
-        console.print(f"{result.pruned:.0%} pruned: {words}", markup=False)
-
-    from prismfield.export.compression.compress import PRUNED
+        pruned = "tried" if compressor.shares == (0.0,) else f"{result.pruned:.0%} pruned"
+        console.print(f"{pruned}: {words}", markup=False)
 
     # Untrained, a search would never leave out what training can do without.
-    shares = [config.prune] if config.finetune_steps else [config.prune, *(s for s in PRUNED if s > config.prune)]
+    more = [] if config.finetune_steps else [share for share in compressor.shares if share > config.prune]
+    shares = [config.prune, *more]
     if config.target_mb is not None:
         return compressor.to_size(int(config.target_mb * 1e6), tell, shares)
     if config.target_psnr is not None:
         return compressor.to_psnr(config.target_psnr, tell, shares)
-    return compressor.result(config.steps or (0.6 if config.finetune_steps else 0.5), config.prune)
+    return compressor.result(config.steps or compressor.usual[config.finetune_steps > 0], config.prune)
 
 
 def _finetuned(config: CompressConfig, compressor: Compressor, found: Result, console: Console) -> Result:
@@ -198,9 +215,6 @@ def _finetuned(config: CompressConfig, compressor: Compressor, found: Result, co
 
 def _trained(config: CompressConfig, compressor: Compressor, found: Result) -> Result:
     """`found` after fine-tuning, with a bar for those who wait."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
-
     from prismfield.export.compression.finetune import Finetuning, finetune
 
     on_pictures = config.target_psnr is not None
@@ -208,39 +222,55 @@ def _trained(config: CompressConfig, compressor: Compressor, found: Result) -> R
     options = Finetuning(config.finetune_steps, found.pruned, *rest)
     assert found.steps is not None
     scene, importance = compressor.likeness.scene, compressor.importance
-    columns = (TextColumn("fine-tuning"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[words]}"))
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
-    console.print(f"fine-tuning: {options.steps} steps", markup=False)
-    began = spoken = time.perf_counter()
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
-        task = bar.add_task("", total=options.steps, words="")
+    began = time.perf_counter()
+    with training_bar(options.steps) as show:
 
         def tell(step: int, psnr: float, count: int) -> None:
-            nonlocal spoken
-            words = f"PSNR {psnr:.2f}  {count:,} Gaussians"
-            bar.update(task, completed=step, words=words)
-            if not console.is_terminal and time.perf_counter() > spoken + _PLAIN_SECONDS:
-                spoken = time.perf_counter()
-                console.print(f"step {step}/{options.steps}  {words}", markup=False)
+            show(step, f"PSNR {psnr:.2f}  {count:,} Gaussians")
 
         data = finetune(scene, compressor.asset, importance, found.steps, options, tell)
     return compressor.measured(data, found.steps, found.pruned, time.perf_counter() - began)
 
 
-def _sweep(path: Path, compressor: Compressor, original: SplatAsset, console: Console) -> None:
+@contextmanager
+def training_bar(steps: int) -> Iterator[Callable[[int, str], None]]:
+    """A bar for those who wait for so many steps of fine-tuning, or lines where there is no terminal; called with a step and words."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("fine-tuning"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[words]}"))
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console.print(f"fine-tuning: {steps} steps", markup=False)
+    spoken = time.perf_counter()
+    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
+        task = bar.add_task("", total=steps, words="")
+
+        def show(step: int, words: str) -> None:
+            nonlocal spoken
+            bar.update(task, completed=step, words=words)
+            if not console.is_terminal and time.perf_counter() > spoken + _PLAIN_SECONDS:
+                spoken = time.perf_counter()
+                console.print(f"step {step}/{steps}  {words}", markup=False)
+
+        yield show
+
+
+def sweep(path: Path, compressor: Compressor, whole: int, console: Console) -> None:
+    """Try many files, print how they compare, and draw the curves; `whole`: bytes of what they are made from."""
     import torch
 
     from prismfield.export.compression.chart import Curve, draw_chart
-    from prismfield.export.compression.compress import ratio
     from prismfield.train.evaluate import write_image
 
     points: dict[float, list[tuple[float, float]]] = {}
     for result in compressor.sweep():
         size = len(result.data)
         points.setdefault(result.pruned, []).append((size / 1e6, result.psnr))
-        words = f"{size / 1e6:8.3f} MB  {ratio(original, size):5.1f} times smaller  {result.psnr:6.2f} dB"
-        console.print(f"{result.pruned:4.0%} pruned  {words}", markup=False)
-    curves = [Curve("all Gaussians" if share == 0 else f"{share:.0%} pruned", each) for share, each in points.items()]
+        words = f"{size / 1e6:8.3f} MB  {whole / size:5.1f} times smaller  {result.psnr:6.2f} dB"
+        pruned = "" if compressor.shares == (0.0,) else f"{result.pruned:4.0%} pruned  "
+        console.print(pruned + words, markup=False)
+    everything = "the whole field" if compressor.shares == (0.0,) else "all Gaussians"
+    curves = [Curve(everything if share == 0 else f"{share:.0%} pruned", each) for share, each in points.items()]
     chart = draw_chart(curves, "MB", "dB PSNR to the original", compressor.likeness.scene.name)
     write_image(path, torch.from_numpy(chart))
     console.print(f"{path}: likeness over size", markup=False)
@@ -296,6 +326,11 @@ def _print(console: Console, path: Path, numbers: dict[str, Any]) -> None:
         f"size          {numbers['ratio']:.1f} times smaller than the .ply of {numbers['bytes_ply']:,} bytes",
         f"to original   {numbers['psnr']:.2f} dB PSNR, {numbers['ssim']:.4f} SSIM, {numbers['measured']}",
     ]
+    print_comparison(console, numbers, lines)
+
+
+def print_comparison(console: Console, numbers: dict[str, Any], lines: list[str]) -> None:
+    """Print `lines`, then how the file compares to the photographs, and what it took."""
     if "photographs_before" in numbers:
         before, after = numbers["photographs_before"], numbers["photographs_after"]
         change = f"{after['psnr'] - before['psnr']:+.2f} dB, {after['ssim'] - before['ssim']:+.4f}"

@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from prismfield.datasets.views import Views
 from prismfield.export.assets import SplatAsset
+from prismfield.export.compression.field_pfz import FieldAsset
 from prismfield.export.compression.pfz import decode_pfz
 from prismfield.export.compression.pfz_grid import PfzSteps, importance_of
 from prismfield.export.compression.pfz_write import encode_pfz
@@ -22,6 +23,7 @@ from prismfield.export.library import Scene, content_frame, render, scene_of
 from prismfield.export.ply import ply_bytes
 from prismfield.render.cameras import Cameras
 from prismfield.render.ops.constants import ALPHA_MIN
+from prismfield.representations.fields import Field
 from prismfield.train.camera_path import orbit, ring
 from prismfield.train.evaluate import evaluate_views, mean_scores
 from prismfield.train.metrics import psnr, ssim
@@ -38,13 +40,13 @@ class Result:
     """A file that could be written, and how it compares."""
 
     data: bytes
-    asset: SplatAsset
-    """What is read back from it."""
+    asset: Any
+    """What is read back from it: a SplatAsset, or a FieldAsset."""
     psnr: float
     """Decibels to the original's pictures, over all pixels."""
     ssim: float
-    steps: PfzSteps | None
-    """Of a .pfz."""
+    steps: Any
+    """How coarsely a .pfz was rounded: PfzSteps, or words; None of other formats."""
     pruned: float
     """Share of the Gaussians that was left out."""
     encode_seconds: float
@@ -64,7 +66,7 @@ class Likeness:
         self.cameras, self.about = _measuring_cameras(scene)
         self.pictures = [self._draw(scene, camera) for camera in self.cameras]
 
-    def compare(self, asset: SplatAsset) -> tuple[float, float]:
+    def compare(self, asset: SplatAsset | FieldAsset) -> tuple[float, float]:
         """PSNR over all pixels and mean SSIM of what `asset` looks like."""
         other = scene_of(asset, self.scene.path, frame=self.scene.frame)
         pictures = [self._draw(other, camera) for camera in self.cameras]
@@ -72,7 +74,7 @@ class Likeness:
         similar = [ssim(a, b) for a, b in zip(pictures, self.pictures, strict=True)]
         return psnr(ours, theirs), sum(similar) / len(similar)
 
-    def to_photographs(self, asset: SplatAsset | None = None) -> dict[str, float]:
+    def to_photographs(self, asset: SplatAsset | FieldAsset | None = None) -> dict[str, float]:
         """Mean `psnr` and `ssim` to the test photographs of a run, of the scene or of `asset`; empty without any."""
         run = self.scene.run
         if run is None:
@@ -153,6 +155,11 @@ def pruned_rows(importance: NDArray, share: float) -> NDArray[np.int64]:
 class Compressor:
     """An asset, what matters of it, and files made of it."""
 
+    shares: tuple[float, ...] = PRUNED
+    """That a search tries to prune."""
+    usual: tuple[float, float] = (0.5, 0.6)
+    """Factors of the steps without a target: plainly, and before fine-tuning."""
+
     def __init__(self, asset: SplatAsset, importance: NDArray, likeness: Likeness, steps: PfzSteps) -> None:
         """Nothing is encoded yet.
 
@@ -176,11 +183,11 @@ class Compressor:
         data, encoding = self.encode(factor, share)
         return self.measured(data, self.steps.times(factor), share, encoding)
 
-    def decode(self, data: bytes) -> SplatAsset:
+    def decode(self, data: bytes) -> SplatAsset | FieldAsset:
         """What is read back."""
         return decode_pfz(data)
 
-    def measured(self, data: bytes, steps: PfzSteps | None, share: float, seconds: float) -> Result:
+    def measured(self, data: bytes, steps: Any, share: float, seconds: float) -> Result:
         """A file that was made of the asset, read back and compared; `seconds` is what making it took."""
         began = time.perf_counter()
         asset = self.decode(data)
@@ -243,7 +250,7 @@ class Compressor:
 
     def sweep(self) -> Iterator[Result]:
         """From fine to coarse, with all Gaussians and with fewer."""
-        for share in PRUNED[:3]:
+        for share in self.shares[:3]:
             for factor in (0.35, 0.5, 0.7, 1.0, 1.4, 2.0, 2.8):
                 yield self.result(factor, share)
 
@@ -289,9 +296,11 @@ def _some(cameras: list[Cameras], most: int) -> list[Cameras]:
 
 def _photographs(scene: Scene, first: Literal["test", "train"]) -> tuple[list[Cameras], str]:
     """Cameras of the split `first`, or the other's, and which; none if the capture is not there."""
-    if scene.run is None:
+    if not scene.has_cameras:
         return [], ""
     splits: tuple[Literal["test", "train"], ...] = ("test", "train") if first == "test" else ("train", "test")
+    if scene.run is None:
+        splits = ("train",)
     try:
         for split in splits:
             if cameras := scene.cameras(split):
@@ -315,7 +324,7 @@ def seeing_cameras(scene: Scene) -> list[Cameras]:
 
 def _around(scene: Scene, heights: tuple[float, ...], count: int, turn: float) -> list[Cameras]:
     """`count` cameras at each height above the content's centre (in units of half its reach), `turn` radians on."""
-    frame = content_frame(scene.asset())
+    frame = scene.frame if isinstance(scene.representation, Field) else content_frame(scene.asset())
     center, up = np.array(frame.center), np.array(frame.up) / np.linalg.norm(frame.up)
     found: list[Cameras] = []
     for height in heights:

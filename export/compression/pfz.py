@@ -20,6 +20,8 @@ from prismfield.export.compression.pfz_models import Decoder, Plane
 from prismfield.render.curves import deinterleave
 
 MAGIC, VERSION = b"PFZ1", 1
+FIELD_MAGIC = b"PFZF"
+"""Of a .pfz that holds a radiance field: `field_pfz.py` reads it."""
 FIXED = struct.Struct("<4sHHIIBBHII")
 """magic, version, flags, Gaussians, chunks, harmonic degree, coefficients, 0, bytes of tables packed and unpacked."""
 NUMBERS = struct.Struct("<13f")
@@ -111,6 +113,8 @@ def read_tables(data: bytes) -> tuple[Tables, int]:
     Raises:
         ValueError: one line saying what is wrong with it.
     """
+    if data[:4] == FIELD_MAGIC:
+        raise ValueError("it holds a radiance field, which is not made of Gaussians; expected splats")
     if data[:4] != MAGIC:
         raise ValueError("not a .pfz file: it does not begin with PFZ1")
     if len(data) < FIXED.size:

@@ -38,7 +38,7 @@ def four_pictures(scene: Scene, mesh: MeshAsset, number: int = 0) -> Picture:
         FileNotFoundError: the capture is not there any more.
         ValueError: there is no such camera.
     """
-    cameras = rings_round(scene) if scene.run is None else scene.cameras("train")
+    cameras = scene.cameras("train") if scene.has_cameras else rings_round(scene)
     if not 0 <= number < len(cameras):
         raise ValueError(f"--view: expected 0 to {len(cameras) - 1}, got {number}")
     camera, background = cameras[number], scene.background

@@ -37,7 +37,7 @@ class SceneViews:
         Raises:
             FileNotFoundError: the capture is not there any more.
         """
-        cameras = rings_round(scene) if scene.run is None else scene.cameras("train")
+        cameras = scene.cameras("train") if scene.has_cameras else rings_round(scene)
         if most is not None and most < len(cameras):
             cameras = [cameras[i] for i in np.linspace(0, len(cameras) - 1, most).round().astype(int)]
         self.scene, self.depth = scene, depth
@@ -81,9 +81,7 @@ class SceneViews:
     @property
     def looks_inwards(self) -> bool:
         """Whether the cameras look at a common point."""
-        from prismfield.datasets.normalize import looks_inwards
-
-        return self.scene.run is None or looks_inwards(self.scene.run.data.train)
+        return self.scene.looks_inwards
 
     def footprint(self) -> float:
         """Scene units that a pixel covers, the median over what they see."""
