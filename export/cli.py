@@ -77,7 +77,7 @@ def write(scene: Path, to: Path, options: OutputOptions, step: int | None, threa
     """What `render-export` and `render-convert` do; `option` is what stands before the file on the command line."""
     from rich.console import Console
 
-    from prismfield.export.convert import format_for, open_source, turned, write_checked
+    from prismfield.export.convert import format_for, level_likeness, open_source, turned, write_checked
     from prismfield.export.formats import WriteOptions
     from prismfield.export.report import describe
     from prismfield.train.cli import show_log, use_threads
@@ -102,6 +102,10 @@ def write(scene: Path, to: Path, options: OutputOptions, step: int | None, threa
     console = Console(highlight=False, soft_wrap=True)
     for line in describe(source, to, written):
         console.print(line, markup=False)
+    if options.verify and source.finer is not None and (alike := level_likeness(source)) is not None:
+        size = 1 << source.level
+        print_line = f"level {source.level} of {source.finer.num_primitives:,} {source.asset.noun}: {alike:.1f} dB PSNR to all of them at 1/{size} of the size"
+        console.print(print_line, markup=False)
     if form.read is None:
         console.print(f"read back: the same faces; a mesh of hulls is not all that there is to {source.asset.noun}")
 

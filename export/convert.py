@@ -36,6 +36,10 @@ class Source:
     asset: Asset
     scene: Scene
     """That draws it."""
+    finer: Scene | None = None
+    """All that there is, where this is a coarser level of detail made of it."""
+    level: int = 0
+    """Which one."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +91,27 @@ def _coarser(source: Source, level: int) -> Source:
         )
     asset = levels[level].asset
     made = scene_of(asset, source.path, frame=source.scene.frame)
-    return Source(source.path, asset, replace(made, run=source.scene.run, background=source.scene.background))
+    drawn = replace(made, run=source.scene.run, background=source.scene.background)
+    return Source(source.path, asset, drawn, source.scene, level)
+
+
+def level_likeness(source: Source) -> float | None:
+    """PSNR, decibels, of a coarser level to all that there is, seen from as much farther away as it is coarser.
+
+    In place of the distance the pictures shrink, by 2 a level. Both are antialiased: Gaussians smaller than a pixel would be
+    drawn larger than they are. None where the source is no such level.
+    """
+    if source.finer is None:
+        return None
+    scenes = []
+    for scene in (source.finer, source.scene):
+        asset: Any = scene.asset()
+        scenes.append(scene_of(replace(asset, antialiased=True), scene.path, frame=scene.frame))
+    cameras = _some_cameras(source.finer)
+    small = [c.resized(max(1, c.width >> source.level), max(1, c.height >> source.level)) for c in cameras]
+    with torch.no_grad():
+        pairs = [[render(s, c, source.finer.background).rgb.clamp(0, 1).reshape(-1, 3) for c in small] for s in scenes]
+    return psnr(torch.cat(pairs[0]), torch.cat(pairs[1]))
 
 
 def turned(source: Source, degrees: tuple[float, float, float]) -> Source:

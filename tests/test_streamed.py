@@ -158,7 +158,10 @@ def test_levels_are_made_where_there_are_none(tmp_path: Path, capsys: pytest.Cap
 def test_a_run_at_a_level(tiny_run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     write(tiny_run, tmp_path / "a.ply", OutputOptions(level=1), None, 1)
     whole = len(convert.open_source(tiny_run).asset)
-    assert f"a.ply: {-(-whole // 4):,} Gaussians" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"a.ply: {-(-whole // 4):,} Gaussians" in said
+    found = re.search(rf"level 1 of {whole:,} Gaussians: ([\d.]+) dB PSNR to all of them at 1/2 of the size", said)
+    assert found and 20 < float(found[1]) < 60
 
 
 def test_another_takes_its_place_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

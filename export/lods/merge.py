@@ -6,10 +6,12 @@ a pair becomes has its mean and covariance (moment matching), and covers as much
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields, replace
 from typing import Self
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from scipy.spatial import cKDTree
 from scipy.special import elliprg
@@ -139,26 +141,22 @@ def _thinned(splats: _Splats, target: int) -> _Splats:
     """Down to `target`. A round merges a third of them at least, for the candidates include a path through all."""
     while (count := len(splats.means)) > target:
         first, second = _candidates(splats.means)
-        weights = splats.weights
-        colors = _colors(splats)
-        cost = np.concatenate(
-            [_cost(splats, weights, colors, first[rows], second[rows]) for rows in pieces(len(first))]
-        )
-        chosen = _matching(first, second, cost, count)[: count - target]
-        splats = _merged(splats, weights, first[chosen], second[chosen])
+        chosen = _matching(first, second, _costs(splats, first, second), count)[: count - target]
+        splats = _merged(splats, splats.weights, first[chosen], second[chosen])
     return splats
 
 
 def _candidates(means: Doubles) -> tuple[Longs, Longs]:
     """[E] and [E]: pairs of neighbours, each once, the smaller index first."""
     count = len(means)
-    _, near = cKDTree(means).query(means, k=min(_NEIGHBORS + 1, count))
+    _, near = cKDTree(means).query(means, k=min(_NEIGHBORS + 1, count), workers=torch.get_num_threads())
     # Many in one place all have the same few nearest neighbours; along the curve each has one of its own
     path = morton_order(means)
     a = np.concatenate([np.repeat(np.arange(count), near.shape[1]), path[:-1]])
     b = np.concatenate([near.reshape(-1), path[1:]])
     low, high = np.minimum(a, b), np.maximum(a, b)
-    keys = np.unique((low * count + high)[low < high])
+    keys = np.sort((low * count + high)[low < high])
+    keys = keys[np.concatenate([[True], keys[1:] > keys[:-1]])]
     # In any order but that of the rows: where many pairs cost the same, few of the first would be without a rival
     keys = keys[np.random.default_rng(0).permutation(len(keys))]
     return keys // count, keys % count
@@ -178,6 +176,14 @@ def _joined(splats: _Splats, weights: Doubles, i: Longs, j: Longs) -> tuple[Doub
     spread = way[:, _SYM_ROWS] * way[:, _SYM_COLUMNS]
     inside = share * splats.covariances[i] + (1 - share) * splats.covariances[j]
     return share, way, splats.means[i] + (1 - share) * way, inside + share * (1 - share) * spread
+
+
+def _costs(splats: _Splats, first: Longs, second: Longs) -> Doubles:
+    """[E] of all pairs, a piece at a time, on as many threads as torch has."""
+    weights, colors = splats.weights, _colors(splats)
+    with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+        found = pool.map(lambda rows: _cost(splats, weights, colors, first[rows], second[rows]), pieces(len(first)))
+        return np.concatenate(list(found))
 
 
 def _cost(splats: _Splats, weights: Doubles, colors: Doubles, i: Longs, j: Longs) -> Doubles:
