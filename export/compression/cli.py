@@ -89,7 +89,7 @@ def compress(config: CompressConfig) -> dict[str, Any]:
     from prismfield.export.assets import SplatAsset
     from prismfield.export.compression.compress import Compressor, Likeness, contributions, cut_harmonics, drawable
     from prismfield.export.compression.packing import PackingCompressor
-    from prismfield.export.compression.pfz_grid import PfzSteps
+    from prismfield.export.compression.pfz_grid import STEPS_TO_TRAIN, PfzSteps
     from prismfield.export.compression.pfz_write import write_encoded
     from prismfield.export.library import load
     from prismfield.train.cli import use_threads
@@ -108,7 +108,7 @@ def compress(config: CompressConfig) -> dict[str, Any]:
     importance = contributions(scene, asset)
     is_ours = _is_ours(config)
     compressor = (
-        Compressor(asset, importance, likeness, PfzSteps())
+        Compressor(asset, importance, likeness, STEPS_TO_TRAIN if config.finetune_steps else PfzSteps())
         if is_ours
         else PackingCompressor(asset, importance, likeness, config.to)
     )
