@@ -35,13 +35,13 @@ CASES = {
     "flowers_finetuned": "DATA/splats/flowers_lod3_inria.ply --finetune-steps 300",
 }
 WHOLE = {
-    **{f"{name}_finetuned": f"{name} --finetune-steps 600" for name in ("garden", "lego", "bonsai", "garden5")},
+    **{f"{name}_finetuned": f"{name} --finetune-steps 400" for name in ("garden", "lego", "bonsai", "garden5")},
     **{
-        f"{name}_thinned": f"{name} --finetune-steps 600 --prune 0.3"
+        f"{name}_thinned": f"{name} --finetune-steps 400 --prune 0.3"
         for name in ("garden", "lego", "bonsai", "garden5")
     },
     **{
-        f"{name}_control": f"{name} --finetune-steps 600 --finetune-rate 0 --steps 0.1"
+        f"{name}_control": f"{name} --finetune-steps 400 --finetune-rate 0 --steps 0.1"
         for name in ("garden", "lego", "bonsai", "garden5")
     },
 }

@@ -96,7 +96,7 @@ def compress(config: CompressConfig) -> dict[str, Any]:
     from prismfield.export.compression.compress import Compressor, Likeness, contributions, cut_harmonics, drawable
     from prismfield.export.compression.field_cli import compress_field
     from prismfield.export.compression.packing import PackingCompressor
-    from prismfield.export.compression.pfz_grid import PfzSteps
+    from prismfield.export.compression.pfz_grid import STEPS_TO_TRAIN, PfzSteps
     from prismfield.export.compression.pfz_write import write_encoded
     from prismfield.export.library import load
     from prismfield.export.ply import ply_bytes
@@ -121,7 +121,7 @@ def compress(config: CompressConfig) -> dict[str, Any]:
     importance = contributions(scene, asset)
     is_ours = _is_ours(config)
     compressor = (
-        Compressor(asset, importance, likeness, PfzSteps())
+        Compressor(asset, importance, likeness, STEPS_TO_TRAIN if config.finetune_steps else PfzSteps())
         if is_ours
         else PackingCompressor(asset, importance, likeness, config.to)
     )

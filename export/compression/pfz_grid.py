@@ -51,6 +51,10 @@ class PfzSteps:
         return PfzSteps(**(vars(self) | values))
 
 
+STEPS_TO_TRAIN = PfzSteps(position=0.28, scale=0.3, turn=0.6, sh=0.12)
+"""Where Gaussians are trained afterwards: training makes up for coarser harmonics, rotations and sizes, not for positions."""
+
+
 @dataclass(frozen=True)
 class Grid:
     """What all Gaussians of a file are rounded to."""
