@@ -89,9 +89,8 @@ class Adc(Fixed):
             raise ValueError(
                 "out: expected screen gradients, from a backward pass over `render` with the strategy's extras"
             )
-        if (
-            len(self.gradients) != scene.num_primitives
-        ):  # dropped by others, after `stop`; the training was made longer then
+        # `Compact` drops rows once nothing grows; a finished training that is made longer grows again.
+        if len(self.gradients) != scene.num_primitives:
             self._forget(scene)
         drawn = out.radii[..., 0] > 0
         self.gradients += self._gradients(source.grad, out).sum(0)
