@@ -15,6 +15,7 @@ from prismfield.render.rasterize import rasterize_gaussians
 from prismfield.render.sort_grid import grid_blur, grid_width
 from prismfield.representations.config import CompactConfig, GaussiansConfig
 from prismfield.representations.gaussians import Gaussians
+from prismfield.representations.hash_color import HashColor
 
 SMOOTHED_EVERY = 4
 """Steps from one with the term of smoothness, so many times as large, to the next: a blur of all takes as long as a picture."""
@@ -50,7 +51,7 @@ class RemovalScores:
             scene.quats.detach(),
             scene.scales.detach(),
             opacities * factors,
-            (scene.sh0.detach(), scene.shN.detach()),
+            (scene.sh0.detach(), scene.harmonics[1].detach()),
             cameras,
             sh_degree=scene.active_sh_degree,
             antialiased=scene.config.antialiased,
@@ -79,9 +80,14 @@ class CompactGaussians(Gaussians):
     """Whether the next picture's loss has the term of smoothness."""
 
     def __init__(self, tensors: dict[str, Tensor], config: GaussiansConfig, compact: CompactConfig) -> None:
-        super().__init__(tensors, config)
         self.compact = compact
+        if compact.hash:
+            tensors = tensors | {"shN": tensors["means"].new_zeros(len(tensors["means"]), 0, 3)}
+        super().__init__(tensors, config)
         self.scores = RemovalScores()
+        self.color = HashColor(config.sh_degree) if compact.hash else None
+        if self.color is not None and (saved := {k: v for k, v in tensors.items() if k.startswith("color.")}):
+            self.color.load_state_dict({name.removeprefix("color."): value for name, value in saved.items()})
         if compact.masks:
             logits = tensors.get("mask_logits", torch.full_like(self.opacity_logits, _FIRST_MASK))
             self.mask_logits = nn.Parameter(logits.detach().to(torch.float32, copy=True))
@@ -92,6 +98,16 @@ class CompactGaussians(Gaussians):
         made = cls(scene.tensors(), scene.config, compact)
         made.active_sh_degree = scene.active_sh_degree
         return made
+
+    @property
+    def sh_degree(self) -> int:
+        """Harmonics there are."""
+        return self.config.sh_degree if self.compact.hash else super().sh_degree
+
+    @property
+    def harmonics(self) -> tuple[Tensor, Tensor]:
+        """See `Gaussians`; above degree 0 of the place, where there is a hash grid."""
+        return (self.sh0, self.shN) if self.color is None else (self.sh0, self.color(self.means))
 
     @property
     def masks(self) -> Tensor:
@@ -157,6 +173,8 @@ class CompactGaussians(Gaussians):
 
     def rates(self, name: str) -> dict[str, Any]:
         """See `Splats`."""
+        if name.startswith("color."):
+            return {"lr": self.compact.hash_lr, "sparse": False}
         # Not sparse: how much is lost with a Gaussian has to be held against how rarely it is seen.
         return {"lr": self.compact.mask_lr, "sparse": False} if name == "mask_logits" else super().rates(name)
 
@@ -164,7 +182,7 @@ class CompactGaussians(Gaussians):
     def baked(self) -> Gaussians:
         """The same pictures as plain Gaussians, without those that are left out."""
         kept = self.kept
-        tensors = {name: value[kept] for name, value in self.tensors().items()}
+        tensors = {name: value[kept] for name, value in (self.rows() | {"shN": self.harmonics[1]}).items()}
         plain = Gaussians(tensors, self.config)
         plain.active_sh_degree = self.active_sh_degree
         return plain

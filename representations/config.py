@@ -57,11 +57,16 @@ class CompactConfig:
     arXiv:2312.13299): pictures of their properties, as in a .sog, become smooth."""
     sog_weight: float = 3e-2
     """Weight in the loss of how much they differ."""
+    hash: bool = False
+    """Take harmonics above degree 0 from a small hash grid of positions instead of storing a set for each Gaussian; what leaves
+    the training has them stored."""
+    hash_lr: float = 5e-3
+    """Learning rate of the hash grid and its network."""
 
     @property
     def asked(self) -> tuple[str, ...]:
         """The options that are on."""
-        return tuple(name for name in ("prune", "masks", "sog") if getattr(self, name))
+        return tuple(name for name in ("prune", "masks", "sog", "hash") if getattr(self, name))
 
 
 RATED_SIZE = 0.1

@@ -42,6 +42,11 @@ class Gaussians(Splats):
         """[N, 3] standard deviations, scene units."""
         return self.log_scales.exp()
 
+    @property
+    def harmonics(self) -> tuple[Tensor, Tensor]:
+        """[N, 1, 3] of degree 0, and [N, T-1, 3] above."""
+        return self.sh0, self.shN
+
     def draw(self, cameras: Cameras, background: Tensor | None, extras: Collection[str]) -> RenderOutput:
         """The whole images."""
         return rasterize_gaussians(
@@ -49,7 +54,7 @@ class Gaussians(Splats):
             self.quats,
             self.scales,
             self.opacities,
-            (self.sh0, self.shN),
+            self.harmonics,
             cameras,
             background,
             sh_degree=self.active_sh_degree,

@@ -22,7 +22,7 @@ _NEIGHBOURS = 3
 class Splats(nn.Module):
     """N primitives with opacity and harmonic colour; a subclass adds their shape and draws them.
 
-    Every parameter has one row a primitive; `train/strategies/rows.py` adds and drops rows.
+    Every parameter but those of modules within has one row a primitive; `train/strategies/rows.py` adds and drops rows.
     """
 
     batching: ClassVar[Literal["image", "pixels"]] = "image"
@@ -140,8 +140,12 @@ class Splats(nn.Module):
         options = (("lr", f"{name}_lr"), ("lr_final", f"{name}_lr_final"), ("every", f"{name}_every"))
         return {key: getattr(self.config, option) for key, option in options if hasattr(self.config, option)}
 
+    def rows(self) -> dict[str, Tensor]:
+        """The parameters that have one row a primitive, detached and not copied."""
+        return {name: parameter.detach() for name, parameter in self.named_parameters(recurse=False)}
+
     def tensors(self) -> dict[str, Tensor]:
-        """The parameters, detached and not copied."""
+        """All parameters, detached and not copied."""
         return {name: parameter.detach() for name, parameter in self.named_parameters()}
 
 

@@ -31,6 +31,7 @@ from prismfield.train.strategies.compact import Compact
 from prismfield.train.strategies.config import AdcConfig, McmcConfig
 from prismfield.train.strategies.fixed import Fixed
 from prismfield.train.strategies.mcmc import Mcmc
+from prismfield.train.strategies.rows import append_rows, keep_rows
 
 from .checkpoints import content, same_content
 from .commands import command, refused, trained_once
@@ -39,7 +40,9 @@ from .commands import command, refused, trained_once
 _COMMON = "--scene garden --downscale 4 --steps 80 --threads 2 --max-primitives 1200 --data.points random"
 _COMMON += " --data.initial-points 800 --adc.start 20 --adc.min-interval 20 --adc.stop 0.6"
 _COMMON += " --schedule.resolution 0.3 0.6 --schedule.min-side 16 --log.tests 0 --log.every 10 --log.no-tensorboard"
-_COMMON += " --compact.prune 0.2 --compact.masks --compact.mask-weight 0.3 --compact.mask-lr 0.3 --compact.sog"
+_COMMON += (
+    " --compact.prune 0.2 --compact.masks --compact.mask-weight 0.3 --compact.mask-lr 0.3 --compact.sog --compact.hash"
+)
 BACKGROUND = torch.tensor([[0.2, 0.4, 0.1]])
 
 
@@ -85,7 +88,8 @@ def fit(scene: CompactGaussians, strategy: Any, truth: Tensor, steps: int) -> No
         strategy.after_step(step, (step + 1) / steps, scene, optimizer, out)
     for group in optimizer.param_groups:
         assert scene.get_parameter(group["name"]) is group["params"][0]
-        assert optimizer.state[group["params"][0]]["exp_avg"].shape == group["params"][0].shape
+        for value in optimizer.state.get(group["params"][0], {}).values():
+            assert not isinstance(value, Tensor) or value.shape == group["params"][0].shape
 
 
 def fixed(scene: CompactGaussians) -> Compact:
@@ -194,16 +198,16 @@ class TestPruning:
         scene = make_scene(12)
         with torch.no_grad():
             whole = scene.render(make_cameras()).rgb
-        for _ in range(600):
+        for _ in range(300):
             scene.scores.add(scene, make_cameras())
-        assert scene.scores.pictures == 600
+        assert scene.scores.pictures == 300
         lost = []
         for row in range(12):
             without = scene.baked()
             without.opacity_logits.data[row] = -20.0
             with torch.no_grad():
                 lost.append((without.render(make_cameras()).rgb - whole).square().sum())
-        torch.testing.assert_close(scene.scores.values / 600, torch.stack(lost), rtol=0.25, atol=0.05)
+        torch.testing.assert_close(scene.scores.values / 300, torch.stack(lost), rtol=0.3, atol=0.05)
         assert max(lost) > 5
 
     def test_in_rounds_it_drops_what_is_missed_least(self) -> None:
@@ -285,6 +289,53 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return trained_once(tmp_path_factory, "compact", *_COMMON.split())
 
 
+class TestHashColor:
+    def test_it_has_no_harmonics_of_its_own_and_bakes_them(self) -> None:
+        """The same picture, to the bit, as plain Gaussians."""
+        torch.manual_seed(0)
+        scene = make_scene(masks=True, hash=True)
+        assert scene.shN.shape == (40, 0, 3) and scene.sh_degree == 1 and scene.color is not None
+        scene.color.grid.table.data.mul_(1e4)
+        scene.mask_logits.data[::3] = -9.0
+        scene.active_sh_degree = 1
+        plain = scene.baked()
+        assert type(plain) is Gaussians and plain.shN.shape == (26, 3, 3) and plain.shN.abs().max() > 0.1
+        assert torch.equal(picture(plain), picture(scene))
+        plain.shN.data.zero_()
+        assert (picture(plain) - picture(scene)).abs().max() > 0.01
+
+    def test_it_learns_colours_that_change_with_the_direction(self) -> None:
+        torch.manual_seed(0)
+        truth = make_scene()
+        truth.shN.data = (
+            0.6 * truth.means.detach()[:, None, :].expand(40, 3, 3).contiguous()
+        )  # smooth in space, as a hash grid can say it
+        scene = make_scene(hash=True)
+        before = (picture(scene) - picture(truth)).square().mean()
+        scene.config = replace(
+            scene.config, means_lr=0.0, opacity_logits_lr=0.0, log_scales_lr=0.0, quats_lr=0.0, sh0_lr=0.0
+        )
+        fit(scene, fixed(scene), picture(truth), 80)
+        assert (picture(scene) - picture(truth)).square().mean() < 0.3 * before
+
+    def test_rows_come_and_go_without_it(self) -> None:
+        torch.manual_seed(0)
+        scene = make_scene(hash=True)
+        optimizer = make_optimizer(scene)
+        names = [group["name"] for group in optimizer.param_groups]
+        assert {"color.grid.table", "color.mlp.weights"} <= set(names) and set(scene.rows()) < set(scene.tensors())
+        scene.render(make_cameras()).rgb.sum().backward()
+        optimizer.step()
+        table = scene.tensors()["color.grid.table"].clone()
+        append_rows(scene, optimizer, {name: value[:5] for name, value in scene.rows().items()})
+        keep_rows(scene, optimizer, torch.arange(45) % 2 == 0)
+        assert scene.num_primitives == 23 and scene.render(make_cameras()).rgb.isfinite().all()
+        assert torch.equal(scene.tensors()["color.grid.table"], table)
+        again = CompactGaussians(scene.tensors(), scene.config, scene.compact)
+        again.active_sh_degree = scene.active_sh_degree
+        assert torch.equal(picture(again), picture(scene))
+
+
 def test_a_sog_keeps_the_order_of_a_grid(tmp_path: Path) -> None:
     """Where neighbours in it are alike; else rows lie along a curve."""
     grid = make_scene(400)
@@ -311,7 +362,7 @@ def test_a_run_in_two_parts_is_the_run_in_one(run: Path, tmp_path: Path) -> None
     done = command("train.cli", "--resume", parts)
     assert done.returncode == 0, done.stderr
     last, state = same_content(parts, run, 80)
-    assert {"scene.mask_logits", "optimizer.mask_logits.exp_avg"} <= last.keys()
+    assert {"scene.color.grid.table", "scene.mask_logits", "optimizer.mask_logits.exp_avg"} <= last.keys()
     assert 0 < len(last["scene.means"]) < len(first["scene.means"])  # dropped after the break
     assert state["strategy"]["compact_grid_rows"] == len(last["scene.means"])
 
@@ -325,9 +376,11 @@ def test_it_is_exported_and_measured(run: Path, tmp_path: Path) -> None:
     for name in ("a.ply", "a.sog", "a.pfz"):
         export(ExportConfig(run, tmp_path / name, threads=2, writing=OutputOptions(verify=False)))
         assert len(load(tmp_path / name).asset()) == scene.num_primitives
-    np.testing.assert_allclose(load(tmp_path / "a.ply").asset().means, scene.asset().means)
+    np.testing.assert_allclose(load(tmp_path / "a.ply").asset().means, scene.asset().means, rtol=1e-5, atol=1e-6)
 
 
-def test_only_gaussians_are_made_compact() -> None:
+def test_what_has_no_sense_is_refused() -> None:
+    line = refused("train.cli", "--scene", "garden", "--compact.hash", "--gaussians.sh-degree", "0")
+    assert "--compact.hash: there is no sense in it with --gaussians.sh-degree 0" in line
     line = refused("train.cli", "--scene", "garden", "--representation", "convexes", "--compact.masks")
     assert "--compact.masks: expected gaussians, got --representation convexes" in line

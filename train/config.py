@@ -212,6 +212,9 @@ def check_config(config: TrainConfig) -> None:
         raise ValueError(
             f"--compact.{config.compact.asked[0]}: expected gaussians, got --representation {config.representation}"
         )
+    if config.compact.hash and (config.gaussians.sh_degree == 0 or config.init is not None):
+        with_what = "--init, whose harmonics would be lost" if config.init is not None else "--gaussians.sh-degree 0"
+        raise ValueError(f"--compact.hash: there is no sense in it with {with_what}")
     sizes = config.schedule.resolution
     if list(sizes) != sorted(sizes) or any(not 0 <= share <= 1 for share in sizes):
         raise ValueError(f"--schedule.resolution: expected rising shares between 0 and 1, got {sizes}")

@@ -89,9 +89,8 @@ class Adc(Fixed):
             raise ValueError(
                 "out: expected screen gradients, from a backward pass over `render` with the strategy's extras"
             )
-        if (
-            len(self.gradients) != scene.num_primitives
-        ):  # dropped by others, after `stop`; the training was made longer then
+        # `Compact` drops rows once nothing grows; a finished training that is made longer grows again.
+        if len(self.gradients) != scene.num_primitives:
             self._forget(scene)
         drawn = out.radii[..., 0] > 0
         self.gradients += self._gradients(source.grad, out).sum(0)
@@ -136,7 +135,7 @@ class Adc(Fixed):
         large = scene.scales[index].amax(-1) > self.config.split_extent
         clones, splits = index[~large], index[large]
         first, second = _halves(scene, splits, self.generator)
-        copies = {name: value[clones] for name, value in scene.tensors().items()}
+        copies = {name: value[clones] for name, value in scene.rows().items()}
         replace_rows(scene, optimizer, splits, first)
         append_rows(scene, optimizer, {name: torch.cat([copies[name], second[name]]) for name in copies})
         widths[splits] = 0
@@ -157,7 +156,7 @@ class Adc(Fixed):
 
 def _halves(scene: Gaussians, index: Tensor, generator: torch.Generator) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Two smaller Gaussians for each at `index`, their centres drawn from it."""
-    rows = {name: value[index] for name, value in scene.tensors().items()}
+    rows = {name: value[index] for name, value in scene.rows().items()}
     axes = rotation_matrices(rows["quats"]) * rows["log_scales"].exp()[:, None]
     normals = torch.randn(2, len(index), 3, generator=generator, device=axes.device)
     offsets = torch.einsum("nij,knj->kni", axes, normals)

@@ -79,7 +79,7 @@ class Mcmc(Fixed):
         copies = torch.bincount(drawn, minlength=scene.num_primitives)[drawn] + 1
         opacities, scales = divided(scene.opacities[drawn], scene.scales[drawn], copies)
         opacities = opacities.clamp(min=self.config.min_opacity, max=1 - 1e-6)
-        rows = {name: value[drawn] for name, value in scene.tensors().items()}
+        rows = {name: value[drawn] for name, value in scene.rows().items()}
         rows |= {"opacity_logits": opacities.logit(), "log_scales": scales.log()}
         sources, first = _unique(drawn)
         changed = {name: rows[name][first] for name in ("opacity_logits", "log_scales")}

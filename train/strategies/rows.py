@@ -57,7 +57,7 @@ def append_rows(
         rows: for every parameter of the scene, by name, [M, ...].
         parents: [M] integers, the primitive that each one comes from.
     """
-    expected = [name for name, _ in scene.named_parameters()]
+    expected = [name for name, _ in scene.named_parameters(recurse=False)]
     if sorted(rows) != sorted(expected):
         raise ValueError(f"rows: expected {', '.join(expected)}, got {', '.join(rows)}")
 
@@ -114,7 +114,7 @@ def _exchange(scene: nn.Module, optimizer: torch.optim.Optimizer, change: Callab
     Parameters are new objects: autograd keeps the old shape of one whose data is exchanged while a graph is alive.
     """
     exchanged: dict[nn.Parameter, nn.Parameter] = {}
-    for name, old in list(scene.named_parameters()):
+    for name, old in list(scene.named_parameters(recurse=False)):
         moments = {key: change(value, name, key) for key, value in _moments(optimizer, old).items()}
         new = nn.Parameter(change(old.detach(), name, ""), requires_grad=old.requires_grad)
         if old in optimizer.state:

@@ -41,7 +41,7 @@ class Split(Adc):
         index, widths = self._chosen(progress, scene, each - 1), self.widths
         if len(index) == 0:
             return widths
-        rows = {name: value[index] for name, value in scene.tensors().items()}
+        rows = {name: value[index] for name, value in scene.rows().items()}
         parts = {name: value[:, None].expand(-1, each, *value.shape[1:]).clone() for name, value in rows.items()}
         split = halves if self.config.into == "halves" else at_points
         parts["points"] = split(rows["points"], self.config.shrink)
