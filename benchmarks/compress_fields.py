@@ -1,6 +1,6 @@
 """How small radiance fields get and what that costs against the test photographs, at several settings of render-compress.
 
-    python benchmarks/compress_fields.py NAME=RUN ... [--views N] [--downscale D] [--pictures FOLDER]
+    python benchmarks/compress_fields.py NAME=RUN ... [--views N] [--downscale D] [--settings SETTING ...] [--pictures FOLDER]
 
 Writes results/compress_fields.json, a row for each NAME and setting. What matters of a field is measured once for all its settings. PSNR is the mean over N evenly
 chosen test photographs, shrunk D times beside what the run was trained on. Times are of this machine as it was, with the processor time beside them.
@@ -58,7 +58,8 @@ def measure(name: str, run: Path, options: argparse.Namespace) -> dict[str, Any]
     looking = {"seconds": time.perf_counter() - began, "processor_seconds": time.process_time() - used}
     original = _results(scene.representation, scene, options)
     rows: dict[str, Any] = {}
-    for setting, round_tables in SETTINGS.items():
+    for setting in options.settings:
+        round_tables = SETTINGS[setting]
         rows[setting] = _measure(asset, lambda f=round_tables: f(quantiser), scene, original, options)
         print(name, setting, json.dumps(rows[setting]), flush=True)
         if options.pictures:
@@ -117,6 +118,7 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", help="NAME=RUN")
     parser.add_argument("--views", type=int, default=8)
     parser.add_argument("--downscale", type=int, default=1)
+    parser.add_argument("--settings", nargs="+", choices=list(SETTINGS), default=list(SETTINGS))
     parser.add_argument("--pictures", type=Path)
     options = parser.parse_args()
     use_threads(0)

@@ -24,12 +24,13 @@ from prismfield.datasets.base import SceneFrame
 from prismfield.export.compression import field_compress
 from prismfield.export.compression.cli import CompressConfig, compress
 from prismfield.export.compression.compress import Likeness
-from prismfield.export.compression.field_compress import single_bytes
+from prismfield.export.compression.field_compress import FieldCompressor, single_bytes
 from prismfield.export.compression.field_finetune import RoundedTable
 from prismfield.export.compression.field_importance import grids_of, importance
 from prismfield.export.compression.field_pfz import FIXED, FieldAsset, Level, decode_field, depth_of, parts_of
 from prismfield.export.compression.field_pfz_write import Tables, encode_field, write_field
 from prismfield.export.compression.field_quantise import MOST, Quantiser, asset_of_field, rounded, scale_for
+from prismfield.export.formats import read_asset
 from prismfield.export.library import load, render
 from prismfield.render import kernels as kernels_module
 from prismfield.render.kernels import LEVELS, load_kernels
@@ -101,8 +102,8 @@ def asset_of(field: Field) -> FieldAsset:
 @pytest.mark.parametrize("kind", ["smooth", "wide", "zero"])
 def test_the_tables_come_back_as_they_were(table: str, kind: str) -> None:
     """Odd sizes, lattices of one to six points a side, hashed levels, two and three axes, one to eight features."""
-    if kind != "smooth" and table not in ("reference", LEVELS[-1]):
-        pytest.skip("one set of kernels is enough")
+    if kind != "smooth" and table == "reference":
+        pytest.skip("the kernels are enough for these, and faster")
     lattices = [(1, 2), (2, 3), (3, 3), (5, 3), (6, 3), (6, 2), (9, 2), (4, 2)]
     levels = [Level(side**dims, side, dims, (0.5, 2.0)) for side, dims in lattices]
     hashed = [Level(256, 0, 3, (0.25,)), Level(1, 0, 3, tuple(0.1 * np.arange(1, 9))), Level(1000, 0, 3, (0.5, 1.0))]
@@ -138,9 +139,10 @@ def test_the_parts_of_a_lattice_are_its_rows_and_know_their_neighbours(side: int
                 steps = np.abs(rows - part.rows)
                 assert (steps == side ** (axis or 0)).all()
         coded |= set(part.rows.tolist())
-    if side == 6 and dims == 3:  # of its 6 points, 2 lie at each of the 3 of the level above
+    nearest = {6: [0, 0, 1, 1, 2, 2], 7: [0, 0, 1, 1, 1, 2, 2]}.get(side)  # of the 3 points of the level above
+    if nearest is not None:
         assert parts[0].above is not None
-        places = np.stack(np.unravel_index(parts[0].rows, (6, 6, 6)), 1) // 2
+        places = np.array(nearest)[np.stack(np.unravel_index(parts[0].rows, (side,) * 3), 1)]
         np.testing.assert_array_equal(parts[0].above, places @ [9, 3, 1])
 
 
@@ -231,10 +233,10 @@ def test_a_run_goes_through_the_command(
     torch.testing.assert_close(again.cameras("train")[0].viewmats, there[0], atol=1e-4, rtol=1e-4)
 
 
-def test_what_a_user_does_with_it(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path) -> None:
-    """Without the run's folder: filmed, made a mesh, made smaller again, and refused where only splats will do."""
+def test_what_a_user_does_with_it(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, few_passes: None) -> None:
+    """Without the run's folder: filmed, made smaller again, and refused where only splats will do."""
     run, path = tmp_path / "run", tmp_path / "field.pfz"
-    shutil.copytree(run_of("hash", tmp_path_factory), run)
+    shutil.copytree(run_of("voxel", tmp_path_factory), run)
     done = command("export.compression.cli", run, "--to", path, "--json", tmp_path / "a.json")
     assert done.returncode == 0, done.stderr
     shutil.rmtree(run)
@@ -245,23 +247,25 @@ def test_what_a_user_does_with_it(tmp_path_factory: pytest.TempPathFactory, tmp_
     assert re.search(r"to photos .*\([-+][\d.]+ dB", done.stdout)
     done = command("train.video_cli", path, "--out", tmp_path / "a.mp4", "--seconds", 0.1, "--fps", 10, "--width", 32)
     assert done.returncode == 0 and (tmp_path / "a.mp4").stat().st_size > 500, done.stderr
-    done = command("export.compression.cli", path, "--to", tmp_path / "b.pfz", "--steps", 4)
-    assert done.returncode == 0 and (tmp_path / "b.pfz").stat().st_size < size, done.stderr
-    for module in ("export.cli", "export.convert_cli"):
-        words = (path, "--to", tmp_path / "a.ply") if module == "export.cli" else (path, tmp_path / "a.ply")
-        line = refused(module, *words)
-        assert "field.pfz: " in line and "field" in line.removeprefix(f"error: {path}")
+    assert compress(CompressConfig(path, tmp_path / "b.pfz", steps=4.0))["bytes"] < size
+    line = refused("export.cli", path, "--to", tmp_path / "a.ply")
+    assert line.startswith(f"error: {path}: ") and "field" in line.removeprefix(f"error: {path}")
+    with pytest.raises(ValueError, match=r"field\.pfz: it holds a radiance field"):
+        read_asset(path)
 
 
-def test_a_search(tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, few_passes: None) -> None:
-    run, path = run_of("hash", tmp_path_factory), tmp_path / "a.pfz"
+def test_a_search(
+    tmp_path_factory: pytest.TempPathFactory, tmp_path: Path, few_passes: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, path = run_of("voxel", tmp_path_factory), tmp_path / "a.pfz"
     small = compress(CompressConfig(run, path, target_psnr=33.0))
     assert 33 <= small["psnr"] < 34.5
     likeness = Likeness(load(run))
     assert likeness.compare(decode_field(path.read_bytes()))[0] == pytest.approx(small["psnr"], abs=1e-6)
     limit = 1.3 * small["bytes"] / 1e6
     large = compress(CompressConfig(run, path, target_mb=limit))
-    assert 0.9 * limit * 1e6 < large["bytes"] <= limit * 1e6 and large["psnr"] > small["psnr"] + 0.5
+    assert 0.7 * limit * 1e6 < large["bytes"] <= limit * 1e6 and large["psnr"] > small["psnr"] + 0.5
+    monkeypatch.setattr(FieldCompressor, "sweep", lambda self: iter([self.result(factor) for factor in (0.7, 2.0)]))
     picked = compress(CompressConfig(run, path, sweep=tmp_path / "a.png", drop=False))
     assert picked["bytes"] > 0 and (tmp_path / "a.png").stat().st_size > 2000
 
@@ -386,7 +390,7 @@ def test_rounded_tables_learn_straight_through() -> None:
     grid = field.encoding
     levels, features = len(grid.sides), grid.table.shape[1]
     first = torch.full((levels, features), 0.1)
-    places = torch.linspace(-5, 5, grid.table.numel()).view_as(grid.table)
+    places = 2.5 * torch.randn(grid.table.shape, generator=torch.Generator().manual_seed(0))
     table = RoundedTable(grid, nn.Parameter(places.clone()), nn.Parameter(torch.zeros(levels, features)), first, 3)
     table.show()
     torch.testing.assert_close(grid.table.detach(), 0.1 * places.round().clamp(-3, 3))
@@ -394,10 +398,12 @@ def test_rounded_tables_learn_straight_through() -> None:
     table.pull()
     inside = places.abs() <= 3
     torch.testing.assert_close(table.places.grad, 0.1 * inside)
-    start, end = grid.starts.tolist()[:2]
     symbols = places.round().clamp(-3, 3)
-    wanted = 0.1 * torch.where(inside, symbols - places, symbols)[start:end].sum(0)
-    torch.testing.assert_close(table.logs.grad[0], wanted)  # type: ignore[index]
+    each = 0.1 * torch.where(inside, symbols - places, symbols)
+    starts = grid.starts.tolist()
+    wanted = torch.stack([each[a:b].sum(0) for a, b in zip(starts, starts[1:], strict=False)])
+    torch.testing.assert_close(table.logs.grad, wanted, atol=1e-4, rtol=1e-4)
+    assert inside.any() and not inside.all()
     with torch.no_grad():
         table.logs += 0.3
     table.show()

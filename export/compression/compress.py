@@ -227,9 +227,10 @@ class Compressor:
         best: Result | None = None
         nearest = 0.0
         for share in shares:
-            pruned = taken(self.asset, pruned_rows(self.importance, share))
-            if share > shares[0] and self.likeness.compare(pruned)[0] < limit + 0.5:
-                break
+            if share > shares[0]:
+                pruned = taken(self.asset, pruned_rows(self.importance, share))
+                if self.likeness.compare(pruned)[0] < limit + 0.5:
+                    break
             results: dict[float, Result] = {}
 
             def loss(factor: float, share: float = share, results: dict[float, Result] = results) -> float:
