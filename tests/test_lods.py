@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from prismfield.export.assets import SplatAsset
 from prismfield.export.convert import ring_cameras
 from prismfield.export.library import load, render, scene_of
-from prismfield.export.lods.merge import _matching, _merged, _Splats, _thinned, build_levels, mean_areas
+from prismfield.export.lods.merge import _costs, _matching, _merged, _Splats, _thinned, build_levels, mean_areas
 from prismfield.export.rows import morton_order
 from prismfield.train.metrics import psnr
 
@@ -139,6 +139,16 @@ def test_matching_is_the_greedy_one() -> None:
             used |= set(pairs[k].tolist())
             expected.append(k)
     np.testing.assert_array_equal(_matching(pairs[:, 0], pairs[:, 1], cost, 60), expected)
+
+
+def test_two_of_one_shape_in_one_place_lose_nothing() -> None:
+    """Whatever their colours: what they add up to is one Gaussian of the same shape."""
+    asset = two()
+    same = {name: getattr(asset, name)[[0, 0]] for name in ("means", "quats", "scales")}
+    splats = _Splats.of(replace(asset, **same))  # type: ignore[arg-type]
+    cost = _costs(splats, np.array([0]), np.array([1]))
+    assert np.abs(asset.sh[0, 0] - asset.sh[1, 0]).max() > 0.3 and cost[0] < 1e-10
+    assert _costs(_Splats.of(asset), np.array([0]), np.array([1]))[0] > 1e-3
 
 
 def test_alike_ones_are_merged_first() -> None:
