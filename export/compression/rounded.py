@@ -21,6 +21,7 @@ from prismfield.render.rasterize import rasterize_gaussians
 
 _LEAST_LOGIT, _MOST_LOGIT = -6.0, 8.0
 _LN2 = math.log(2)
+_SETTLED = 0.03  # of a learning rate is left at the end
 RATES = {
     "means": 6e-5,
     "turned": 4e-3,
