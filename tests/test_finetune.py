@@ -164,7 +164,7 @@ def test_a_file_is_trained_on_pictures_of_it(trained: Scene, tmp_path: Path) -> 
     asset = asset_of(trained)
     write_ply(tmp_path / "few.ply", taken(asset, pruned_rows(importance_of(asset), 0.5)))
     config = CompressConfig(tmp_path / "few.ply", tmp_path / "a.pfz", threads=1)
-    plain, tuned = compress(config), compress(replace(config, finetune_steps=60, finetune_rate=0.0, steps=0.6))
+    plain, tuned = compress(config), compress(replace(config, finetune_steps=60, finetune_rate=0.0))
     assert tuned["untrained"]["bytes"] < plain["bytes"] and tuned["untrained"]["psnr"] < plain["psnr"]
     assert tuned["psnr"] > tuned["untrained"]["psnr"] + 0.5
     assert tuned["gaussians_kept"] == plain["gaussians_kept"]

@@ -36,6 +36,7 @@ from prismfield.train.strategies.rows import keep_rows, order_rows, replace_rows
 _ROUNDS, _THINNED = 6, 0.4  # times that Gaussians are dropped, over this share of the training
 _ARRANGED = 16  # times that values are put in order
 _WEIGHING_CAMERAS = 32
+_USUAL_LOSS = 0.04  # of a photograph; learning rates are for that, and fall with it
 _LOOKED_AT = 8  # photographs, to know the loss before training
 _SETTLE = 0.6  # share of the training over which learning rates fall to a tenth
 _OPACITY_BITS = 60.0  # about what a Gaussian costs
@@ -84,7 +85,11 @@ def finetune(
     values, grid = grid_of(asset, steps, importance)
     rounded = RoundedGaussians(values, grid, importance, scene.frame, asset.antialiased)
     session = _session(scene, rounded, options)
-    rounded.bit_price = options.rate * _loss_now(session) / len(asset)
+    loss = _loss_now(session)
+    rounded.bit_price = options.rate * loss / len(asset)
+    for group in session.optimizer.param_groups:  # steps too long for what is nearly right already would only lose it
+        for name in ("lr_first", "lr_final"):
+            group[name] *= min(max(loss / _USUAL_LOSS, 0.1), 1.0)
     interrupt = Interrupt()
     smooth = math.nan
     with interrupt.listen():
