@@ -147,7 +147,7 @@ def test_most_of_the_loss_is_won_back_and_the_same_each_time(trained: Scene) -> 
     assert better > after + 0.5 * (before - after)
     assert told[-1][0] == 60 and told[-1][2] == len(asset) and told[-1][1] > 15
     assert tuned(Finetuning(60)) == first
-    dear = tuned(Finetuning(60, rate=8e-4))
+    dear = tuned(Finetuning(60, rate=0.015))
     assert len(dear) < 0.9 * len(first)
 
 

@@ -45,8 +45,8 @@ class CompressConfig:
     finetune_steps: int = 0
     """Of a .pfz: train what it will hold for so many steps (1000 take one to two minutes), a run against its photographs, a
     file of Gaussians against pictures of it; for `--target-psnr` both against pictures of the scene as it was."""
-    finetune_rate: float = 3e-4
-    """What a bit of each Gaussian costs in that training, in units of its loss; 0: only likeness counts."""
+    finetune_rate: float = 0.005
+    """What a bit of each Gaussian costs in that training, as a share of the loss before it; 0: only likeness counts."""
     seed: int = 0
     """Of that training: in which order it sees the photographs."""
     bits: Literal[4, 6, 8] | None = None

@@ -28,6 +28,7 @@ from prismfield.train.config import TrainConfig
 from prismfield.train.corrections import Exposure, PoseDeltas
 from prismfield.train.folder import CHECKPOINTS
 from prismfield.train.loop import Interrupt, loss_values, train_psnr, training_step
+from prismfield.train.losses import loss_terms
 from prismfield.train.run import part
 from prismfield.train.session import Session, make_batches, make_optimizer
 from prismfield.train.strategies.rows import keep_rows, order_rows, replace_rows
@@ -35,6 +36,8 @@ from prismfield.train.strategies.rows import keep_rows, order_rows, replace_rows
 _ROUNDS, _THINNED = 6, 0.4  # times that Gaussians are dropped, over this share of the training
 _ARRANGED = 16  # times that values are put in order
 _WEIGHING_CAMERAS = 32
+_USUAL_LOSS = 0.04  # of a photograph; learning rates are for that, and fall with it
+_LOOKED_AT = 8  # photographs, to know the loss before training
 _SETTLE = 0.6  # share of the training over which learning rates fall to a tenth
 _OPACITY_BITS = 60.0  # about what a Gaussian costs
 
@@ -48,7 +51,7 @@ class Finetuning:
     prune: float = 0.0
     """Share of the Gaussians that goes on the way."""
     rate: float = 0.0
-    """What a bit of each Gaussian there is at first costs, in units of the training's loss."""
+    """What a bit of each Gaussian there is at first costs, as a share of the loss at first: alike in decibels for any scene."""
     seed: int = 0
     step: int | None = None
     """The run's checkpoint that the scene is of; None for the newest."""
@@ -81,8 +84,12 @@ def finetune(
     torch.manual_seed(options.seed)
     values, grid = grid_of(asset, steps, importance)
     rounded = RoundedGaussians(values, grid, importance, scene.frame, asset.antialiased)
-    rounded.bit_price = options.rate / len(asset)
     session = _session(scene, rounded, options)
+    loss = _loss_now(session)
+    rounded.bit_price = options.rate * loss / len(asset)
+    for group in session.optimizer.param_groups:  # steps too long for what is nearly right already would only lose it
+        for name in ("lr_first", "lr_final"):
+            group[name] *= min(max(loss / _USUAL_LOSS, 0.1), 1.0)
     interrupt = Interrupt()
     smooth = math.nan
     with interrupt.listen():
@@ -100,6 +107,18 @@ def finetune(
                 tell(step, smooth, rounded.num_primitives)
     session.check_finite()
     return encode_symbols(rounded.symbols(), rounded.ranks(), grid, asset)
+
+
+@torch.no_grad()
+def _loss_now(session: Session) -> float:
+    """Mean of a few photographs."""
+    losses = []
+    for _ in range(_LOOKED_AT):
+        batch = session.batches.next(1)
+        out = session.scene.render(batch.cameras, None, batch.background)
+        rgb = out.rgb if session.exposure is None else session.exposure(out.rgb, batch.index)
+        losses.append(sum(map(float, loss_terms(out, rgb, batch, session.scene, session.config.loss).values())))
+    return sum(losses) / len(losses)
 
 
 class Thinning:

@@ -21,6 +21,7 @@ from prismfield.render.rasterize import rasterize_gaussians
 
 _LEAST_LOGIT, _MOST_LOGIT = -6.0, 8.0
 _LN2 = math.log(2)
+_SETTLED = 0.03  # of a learning rate is left at the end
 RATES = {
     "means": 6e-5,
     "turned": 4e-3,
@@ -221,15 +222,12 @@ class RoundedGaussians(nn.Module):
 
     def param_groups(self) -> list[dict[str, Any]]:
         """One group a parameter."""
-        return [
-            {
-                "name": name,
-                "params": [self.get_parameter(name)],
-                "lr": rate,
-                "every": 2 if name == "coefficients" else 1,
-            }
-            for name, rate in RATES.items()  # of the coefficients there are by far the most
-        ]
+        groups: list[dict[str, Any]] = []
+        for name, rate in RATES.items():
+            every = 2 if name == "coefficients" else 1  # there are by far the most of them
+            group = {"name": name, "params": [self.get_parameter(name)], "lr": rate, "lr_final": _SETTLED * rate}
+            groups.append(group | {"every": every})
+        return groups
 
     def tensors(self) -> dict[str, Tensor]:
         """The parameters, detached and not copied."""
