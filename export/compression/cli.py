@@ -43,8 +43,8 @@ class CompressConfig:
     """Leave out this share of the Gaussians, the least important ones, 0 to below 1; a target may leave out more. With
     `--finetune-steps` they go bit by bit, while the others learn to do without."""
     finetune_steps: int = 0
-    """Of a .pfz: train what it will hold for so many steps (1000 take one to two minutes), a run against its photographs, a
-    file of Gaussians against pictures of it; for `--target-psnr` both against pictures of the scene as it was."""
+    """Of a .pfz: train what it will hold for so many steps (of 150,000 Gaussians 1000 take some minutes): a run against its
+    photographs, a file of Gaussians against pictures of it; for `--target-psnr` both against pictures of the scene as it was."""
     finetune_rate: float = 0.005
     """What a bit of each Gaussian costs in that training, as a share of the loss before it; 0: only likeness counts."""
     seed: int = 0
@@ -139,7 +139,7 @@ def compress(config: CompressConfig) -> dict[str, Any]:
     numbers = _numbers(found, original, likeness, untrained)
     _print(console, config.to, numbers)
     if is_ours and not config.finetune_steps and _lost(numbers) > _WORTH_TRAINING:
-        console.print("--finetune-steps 1000 wins most of that back, in one to two minutes", markup=False)
+        console.print("--finetune-steps 1000 trains the file against that, in some minutes", markup=False)
     if config.json is not None:
         write_text(config.json, json.dumps(numbers, indent=1) + "\n")
     return numbers
