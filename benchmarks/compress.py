@@ -34,19 +34,19 @@ CASES = {
     "flowers_36db": "DATA/splats/flowers_lod3_inria.ply --target-psnr 36",
     "flowers_finetuned": "DATA/splats/flowers_lod3_inria.ply --finetune-steps 300",
 }
+"""Name to the words of render-compress."""
 WHOLE = {
-    **{f"{name}_finetuned": f"{name} --finetune-steps 400" for name in ("garden", "lego", "bonsai", "garden5")},
+    **{f"{name}_finetuned": f"{name} --finetune-steps 500" for name in ("garden", "lego", "bonsai", "garden5")},
     **{
-        f"{name}_thinned": f"{name} --finetune-steps 400 --prune 0.3"
+        f"{name}_thinned": f"{name} --finetune-steps 500 --prune 0.3"
         for name in ("garden", "lego", "bonsai", "garden5")
     },
     **{
-        f"{name}_control": f"{name} --finetune-steps 400 --finetune-rate 0 --steps 0.1"
+        f"{name}_control": f"{name} --finetune-steps 500 --finetune-rate 0 --steps 0.1"
         for name in ("garden", "lego", "bonsai", "garden5")
     },
 }
 """The same of runs that are trained already, fine-tuned; controls are trained on with steps that hardly round."""
-"""Name to the words of render-compress."""
 
 
 def measure(words: str, folder: Path) -> dict[str, Any]:

@@ -32,24 +32,11 @@ from prismfield.export.compression.field_pfz_write import Tables, encode_field, 
 from prismfield.export.compression.field_quantise import MOST, Quantiser, asset_of_field, rounded, scale_for
 from prismfield.export.formats import read_asset
 from prismfield.export.library import load, render
-from prismfield.render import kernels as kernels_module
-from prismfield.render.kernels import LEVELS, load_kernels
 from prismfield.representations.fields import Field
 from prismfield.train.metrics import psnr
 
 from .commands import command, refused, trained_once
 from .test_fields import FIELDS, SMALL, make_camera, make_field, words_of
-
-
-@pytest.fixture(params=["reference", *LEVELS])
-def table(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """No kernels, and each instruction set that this processor has and that was built."""
-    try:
-        module, _ = load_kernels(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    monkeypatch.setattr(kernels_module, "kernels", module)
-    return request.param
 
 
 @pytest.fixture

@@ -9,21 +9,9 @@ from numpy.typing import NDArray
 from prismfield.render import kernels as kernels_module
 from prismfield.render import sort_grid as module
 from prismfield.render.curves import deinterleave, hilbert_cells, interleave, morton_codes
-from prismfield.render.kernels import LEVELS, load_kernels
 from prismfield.render.sort_grid import grid_blur, grid_blur_reference, neighbor_distance, sort_grid
 
 SIZES = [(4, 2), (7, 3), (63, 8), (64, 8), (1, 1), (150, 1), (150, 150), (151, 150), (999, 31)]
-
-
-@pytest.fixture(params=LEVELS)
-def level(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each instruction set that this processor has and that was built."""
-    try:
-        table, _ = load_kernels(request.param)
-    except ValueError as error:
-        pytest.skip(str(error))
-    monkeypatch.setattr(kernels_module, "kernels", table)
-    return request.param
 
 
 def rows(count: int, columns: int = 16, seed: int = 0) -> NDArray[np.float32]:

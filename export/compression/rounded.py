@@ -30,7 +30,7 @@ RATES = {
     "colors": 1.2e-2,
     "coefficients": 6e-3,
 }
-"""Learning rates: of Adam, a step; of `means` in scene units. Half or twice as large is worse."""
+"""Learning rates: of Adam, a step; of `means` in scene units."""
 
 
 class _Through(torch.autograd.Function):
