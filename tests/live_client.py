@@ -95,7 +95,7 @@ class LiveClient:
         owner = self.nodes[name].get("owner", "")
         self._send(_messages.SceneNodeClickMessage(name, None, zero, zero, (0.5, 0.5), None, owner))
 
-    def wait_for(self, what: Callable[[], Any], seconds: float = 10.0) -> Any:
+    def wait_for(self, what: Callable[[], Any], seconds: float = 60.0) -> Any:
         """Wait until `what()` is true, or fail."""
         end = time.monotonic() + seconds
         while time.monotonic() < end:

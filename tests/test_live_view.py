@@ -367,7 +367,7 @@ def viewer(capture: SceneData, unhurried: None) -> Iterator[LiveViewer]:
     with_scene.close()
 
 
-def drive(viewer: LiveViewer, until: Callable[[], Any], seconds: float = 20.0) -> None:
+def drive(viewer: LiveViewer, until: Callable[[], Any], seconds: float = 90.0) -> None:
     """Train for nothing until something is true."""
     end = time.monotonic() + seconds
     step = 0

@@ -61,7 +61,7 @@ def test_splat_transform_reads_the_same(tmp_path: Path, name: str, degree: int) 
     assert_same_look(seen, without_up(again))
 
 
-@pytest.mark.parametrize("degree", [0, 1, 2, 3])
+@pytest.mark.parametrize("degree", [0, 2])
 @pytest.mark.parametrize("name", ["a.ply", "a.compressed.ply", "a.spz", "b.spz"])
 def test_gsply_reads_the_same(tmp_path: Path, name: str, degree: int) -> None:
     gsply = pytest.importorskip("gsply", reason="gsply is not installed: pip install gsply")
