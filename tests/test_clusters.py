@@ -75,3 +75,12 @@ def test_a_z_order_curve_visits_octants_one_after_the_other() -> None:
     assert (ordered[0] == -1).all() and (ordered[-1] == 1).all()
     fine = (ordered[octants == 0] > -0.5) @ [1, 2, 4]
     assert (np.diff(fine) >= 0).all()
+
+
+def test_an_entry_is_the_mean_of_what_it_stands_for() -> None:
+    random = np.random.default_rng(3)
+    places = random.normal(size=(6, 5)).astype(np.float32) * 10
+    vectors = (places[random.integers(0, 6, 3000)] + random.normal(size=(3000, 5)) * 0.01).astype(np.float32)
+    table, labels = palette(vectors, 64)
+    for entry in np.unique(labels):
+        np.testing.assert_allclose(table[entry], vectors[labels == entry].mean(0), atol=0.02)
